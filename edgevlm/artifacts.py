@@ -1,0 +1,505 @@
+"""The types that flow between stages, and how they lie on disk.
+
+Every stage writes one folder with a `manifest.json`. The manifest names each file with its SHA-256, so that a
+missing or altered file is noticed before it is used. Every manifest type of the project is in this file.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edgevlm.errors import BundleError, CheckpointError, EdgeVLMError, OutputInUse
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+class Frozen(BaseModel):
+    """Immutable value that refuses unknown keys: a typo in a manifest is an error, not a silent default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @property
+    def hash(self) -> str:
+        """First 16 hex digits of the SHA-256 of the canonical JSON."""
+        return digest(self.model_dump(mode="json"))
+
+
+def digest(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of `value` as canonical JSON (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- specs -------------------------------------------------------------------------------------------------------
+
+
+class PreprocessSpec(Frozen):
+    """How an image file becomes the model's input; one spec for training, calibration, verification and apps.
+
+    The app decodes (honouring EXIF orientation), converts to RGB and resizes to `height` x `width`; the graph takes
+    those uint8 pixels, scales by 1/255 and normalises with `mean` and `std`.
+    """
+
+    height: int
+    """Rows of the model's input, pixels."""
+    width: int
+    """Columns of the model's input, pixels."""
+    resize: Literal["stretch", "letterbox"] = "stretch"
+    """`stretch` ignores the aspect ratio; `letterbox` keeps it and pads right and bottom."""
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    """Pillow's filter of that name, antialiased when shrinking."""
+    pad_value: int = 114
+    """Grey level of letterbox padding, 0..255."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Per channel, RGB, after scaling to 0..1 (in the graph)."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Per channel, RGB (in the graph)."""
+    layout: Literal["NHWC"] = "NHWC"
+    """Layout of the uint8 input that the app hands over."""
+
+
+class TokenizerSpec(Frozen):
+    """The text side of the contract: a WordPiece vocabulary and the lengths."""
+
+    kind: Literal["wordpiece"] = "wordpiece"
+    vocab_sha256: str
+    vocab_size: int
+    lowercase: bool = True
+    max_tokens: int
+    """Tokens per question with [CLS] and [SEP]; shorter ones are padded with [PAD]."""
+    pad_id: int = 0
+    unk_id: int = 1
+    cls_id: int = 2
+    sep_id: int = 3
+    mask_id: int = 4
+
+
+class Labels(Frozen):
+    """Closed lists that the heads index into; position = class id."""
+
+    classes: tuple[str, ...]
+    """Object classes; the detector adds a background class behind them."""
+    attributes: tuple[str, ...]
+    """Attribute tags (an object may carry several)."""
+    answers: tuple[str, ...]
+    """Answers of the task head."""
+
+
+# --- model -------------------------------------------------------------------------------------------------------
+
+
+class TEEConfig(Frozen):
+    """Two-stage efficient extractor: trunk, BiFPN, RPN, static proposals, box head (MiniVLM, section 3)."""
+
+    trunk: str
+    """timm model name (anything `timm.create_model(features_only=True)` takes)."""
+    first_level: int = 3
+    """Pyramid level of the finest map; level l has stride 2**l."""
+    num_levels: int = 3
+    fpn_channels: int = 64
+    fpn_repeats: int = 2
+    anchor_scale: float = 2.5
+    """Anchor size = `anchor_scale` x stride, one size per level."""
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Width / height."""
+    num_candidates: int = 96
+    """Anchors kept (all levels together) before the first NMS."""
+    num_proposals: int = 32
+    """Static number of boxes that enter the box head."""
+    num_regions: int = 16
+    """Static number of regions that leave the extractor: the full token budget."""
+    roi_size: int = 4
+    roi_hidden: int = 128
+    """Width of both box-head layers, and of the region feature."""
+    score_threshold: float = 0.2
+    """Regions scoring below are masked out of the fusion."""
+
+
+class FusionConfig(Frozen):
+    """BERT-style single-stream fusion transformer (MiniVLM, section 3). Heads and widths may differ per layer."""
+
+    hidden: int
+    head_dim: int
+    layer_heads: tuple[int, ...]
+    """Attention heads of each layer (differ after pruning); the length is the depth."""
+    layer_ffn: tuple[int, ...]
+    """FFN neurons of each layer (differ after pruning)."""
+    dropout: float = 0.0
+    trim_after: int | None = None
+    """Layer index after which region tokens are trimmed to the rung's budget; None = never."""
+
+    @classmethod
+    def uniform(cls, *, hidden: int, layers: int, heads: int, ffn: int, **rest: Any) -> Self:
+        """A config with the same heads and FFN width in each layer."""
+        return cls(
+            hidden=hidden,
+            head_dim=hidden // heads,
+            layer_heads=(heads,) * layers,
+            layer_ffn=(ffn,) * layers,
+            **rest,
+        )
+
+
+class ModelConfig(Frozen):
+    """Everything that decides the network's shape."""
+
+    tee: TEEConfig
+    fusion: FusionConfig
+
+
+class Rung(Frozen):
+    """One static token budget of the ladder."""
+
+    name: str
+    num_regions: int
+    """Region tokens that go on after the trimming layer."""
+    gmacs: float = 0.0
+    """Multiply-adds of the answer program, in 1e9 (analytic)."""
+    expected_accuracy: float | None = None
+    """Task metric on the validation split, 0..1."""
+
+
+# --- artifacts ---------------------------------------------------------------------------------------------------
+
+
+class Provenance(Frozen):
+    """Where an artifact comes from."""
+
+    stage: str
+    key: str
+    """Hash of the stage's inputs and config: equal key = nothing to redo."""
+    parents: dict[str, str] = {}
+    """Name of each input artifact -> its key."""
+    recipe: dict[str, Any] = {}
+    """The whole recipe, so that a checkpoint found alone can still be exported."""
+    dataset: str = ""
+    seed: int = 0
+    edgevlm: str = ""
+    commit: str = ""
+    created: str = ""
+    """ISO 8601, UTC."""
+    seconds: float = 0.0
+    """Wall time of the stage."""
+
+
+class Artifact(Frozen):
+    """Base of all manifests."""
+
+    kind: str
+    schema_version: int = SCHEMA_VERSION
+    provenance: Provenance
+    files: dict[str, str] = {}
+    """Path relative to the folder -> SHA-256."""
+
+
+class Vocabulary(Artifact):
+    """Stage `prepare`: what the dataset fixes for the rest of the run."""
+
+    kind: Literal["vocabulary"] = "vocabulary"
+    preprocess: PreprocessSpec
+    tokenizer: TokenizerSpec
+    labels: Labels
+
+
+class Checkpoint(Artifact):
+    """A trained model: `model.safetensors` and `vocab.txt` beside the manifest."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    model: ModelConfig
+    task: str
+    preprocess: PreprocessSpec
+    tokenizer: TokenizerSpec
+    labels: Labels
+    rungs: tuple[Rung, ...] = ()
+    """Empty until trimmed: the full budget only."""
+    metrics: dict[str, float] = {}
+
+
+class RegionCache(Artifact):
+    """Region features of whole splits, extracted once (`<split>.safetensors`)."""
+
+    kind: Literal["regions"] = "regions"
+    preprocess_hash: str
+    extractor_hash: str
+    """SHA-256 of the detector's weights."""
+    num_images: dict[str, int]
+
+
+class CalibrationSet(Artifact):
+    """A frozen choice of training samples (`calibration.npz`) for quantisers."""
+
+    kind: Literal["calibration"] = "calibration"
+    dataset: str
+    split: str
+    sample_ids: tuple[str, ...]
+    preprocess_hash: str
+    tokenizer_hash: str
+    coverage: dict[str, float] = {}
+    """Share of answers, classes and text lengths of the split that the set contains, 0..1."""
+
+
+class ExportedModel(Frozen):
+    """One target at one precision: the files that together hold every program."""
+
+    target: str
+    precision: str
+    scheme: str
+    """How it was quantised, in words that no other file shares (for example, 'static int8 convolutions')."""
+    programs: dict[str, str]
+    """Program name (`encode_image`, `answer_<rung>`) -> file, relative to the bundle."""
+    files: tuple[str, ...]
+    """All files of this model, relative to the bundle."""
+    size_mb: float
+    tools: dict[str, str] = {}
+    """Library -> version that wrote it."""
+    seconds: float = 0.0
+
+
+class ExportFailure(Frozen):
+    """A target that could not be exported, with the reason; the row stays visible in every report."""
+
+    target: str
+    precision: str
+    reason: str
+
+
+class Bundle(Artifact):
+    """What an app team gets: models of every target, specs, vocabulary, labels and golden cases."""
+
+    kind: Literal["bundle"] = "bundle"
+    name: str
+    task: str
+    model: ModelConfig
+    preprocess: PreprocessSpec
+    tokenizer: TokenizerSpec
+    labels: Labels
+    rungs: tuple[Rung, ...]
+    models: tuple[ExportedModel, ...]
+    failures: tuple[ExportFailure, ...] = ()
+    metrics: dict[str, float] = {}
+
+
+Evidence = Literal["device", "runtime", "emulated", "reference evaluator", "none"]
+Verdict = Literal["passed", "failed", "unproven"]
+
+
+class ParityRow(Frozen):
+    """One target x rung x precision against the PyTorch model on the same samples."""
+
+    target: str
+    precision: str
+    rung: str
+    evidence: Evidence
+    verdict: Verdict
+    num_samples: int = 0
+    max_abs_logits: float | None = None
+    """Largest |logit difference|, pixels to logits."""
+    mean_abs_logits: float | None = None
+    box_match: float | None = None
+    """Share of PyTorch's valid regions with a partner at IoU >= 0.9, 0..1."""
+    agreement: float | None = None
+    """Share of samples with the same answer as PyTorch, 0..1."""
+    metric: float | None = None
+    """Task metric of the exported file, 0..1."""
+    metric_ci: tuple[float, float] | None = None
+    """95 % interval of `metric` (Wilson)."""
+    reference_metric: float | None = None
+    """Task metric of PyTorch fp32 on the same samples."""
+    reasons: tuple[str, ...] = ()
+    """Why a row failed or is unproven."""
+
+
+class ParityReport(Artifact):
+    """Stage `verify`."""
+
+    kind: Literal["parity"] = "parity"
+    bundle_key: str
+    metric_name: str
+    majority: float
+    """Accuracy of always giving the most frequent answer of the samples."""
+    rows: tuple[ParityRow, ...]
+
+
+class DeviceFacts(Frozen):
+    """The machine a latency was measured on."""
+
+    name: str
+    system: str
+    processor: str
+    num_cores: int
+    memory_gb: float
+    threads: int
+    versions: dict[str, str] = {}
+
+
+class LatencyRow(Frozen):
+    """One target x rung x precision on one device; times in milliseconds."""
+
+    target: str
+    precision: str
+    rung: str
+    size_mb: float
+    load_ms: float | None = None
+    first_ms: float | None = None
+    """First image-and-question after loading."""
+    encode_p50_ms: float | None = None
+    answer_p50_ms: float | None = None
+    p50_ms: float | None = None
+    """Pixels to answer: encode plus answer."""
+    p90_ms: float | None = None
+    num_runs: int = 0
+    peak_memory_mb: float | None = None
+    """Peak resident memory of a fresh process that holds only this model."""
+    outputs_checked: bool = False
+    """The timed outputs matched the golden cases."""
+    latency_valid: bool = True
+    """False where time means nothing (emulation)."""
+    reason: str = ""
+    """Why a row has no numbers."""
+
+
+class DeviceReport(Artifact):
+    """Stage `bench`."""
+
+    kind: Literal["latency"] = "latency"
+    bundle_key: str
+    device: DeviceFacts
+    rows: tuple[LatencyRow, ...]
+
+
+class Gate(Frozen):
+    """One promise and whether it held."""
+
+    name: str
+    value: float
+    limit: float
+    passed: bool
+    unit: str = ""
+
+
+class ScoreRow(Frozen):
+    """Parity and latency of one target x rung x precision, joined."""
+
+    parity: ParityRow
+    latency: LatencyRow
+    pareto: bool = False
+    """No other row is both faster and more accurate."""
+
+
+class Scorecard(Artifact):
+    """Stage `scorecard`: `SCORECARD.md` and `scorecard.html` beside the manifest."""
+
+    kind: Literal["scorecard"] = "scorecard"
+    name: str
+    task: str
+    metric_name: str
+    majority: float
+    device: DeviceFacts
+    training: dict[str, float] = Field(default_factory=dict)
+    """Stage -> task metric on the test split, 0..1."""
+    stage_seconds: dict[str, float] = Field(default_factory=dict)
+    rows: tuple[ScoreRow, ...]
+    gates: tuple[Gate, ...] = ()
+
+
+KINDS: dict[str, type[Artifact]] = {
+    "vocabulary": Vocabulary,
+    "checkpoint": Checkpoint,
+    "regions": RegionCache,
+    "calibration": CalibrationSet,
+    "bundle": Bundle,
+    "parity": ParityReport,
+    "latency": DeviceReport,
+    "scorecard": Scorecard,
+}
+
+
+A = TypeVar("A", bound=Artifact)
+
+
+# --- on disk -----------------------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path, artifact: Artifact) -> Artifact:
+    """Hash every file of `folder`, write `manifest.json`, and return the artifact with its `files` filled in."""
+    files = {
+        path.relative_to(folder).as_posix(): file_sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")
+    }
+    artifact = artifact.model_copy(update={"files": files})
+    temporary = folder / f".{MANIFEST}"
+    temporary.write_text(artifact.model_dump_json(indent=1) + "\n")
+    temporary.replace(folder / MANIFEST)
+    return artifact
+
+
+def read_manifest(folder: Path, kind: type[A], *, check_files: bool = True) -> A:
+    """Read and check the artifact in `folder`.
+
+    Raises:
+        BundleError, CheckpointError: no manifest, another kind of artifact, or a file that is missing or altered.
+    """
+    error: type[EdgeVLMError] = BundleError if kind is Bundle else CheckpointError
+    name = kind.__name__.lower()
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise error(f"No {name} in {folder} ({MANIFEST} is missing)", f"Give the folder that holds the {name}")
+    try:
+        artifact = kind.model_validate_json(path.read_bytes())
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise error(
+            f"{path} is not a {name} of this version ({where}: {first['msg']})",
+            "Export or train it again with this version of edgevlm",
+        ) from problem
+    if check_files:
+        check_hashes(folder, artifact, error)
+    return artifact
+
+
+def check_hashes(folder: Path, artifact: Artifact, error: type[EdgeVLMError] = BundleError) -> None:
+    """Raise `error` for the first file that is missing or differs from the manifest."""
+    for name, expected in artifact.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise error(f"{path} is missing though the manifest lists it", "Copy the folder whole, or make it again")
+        if file_sha256(path) != expected:
+            raise error(f"{path} was altered after it was written (its SHA-256 differs)", "Make the folder again")
+
+
+@contextmanager
+def whole_folder(out_dir: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `out_dir` that takes its place when the block ends well.
+
+    A crash leaves `out_dir` as it was. The temporary folder survives a crash so that long work can go on from it.
+
+    Raises:
+        OutputInUse: `out_dir` exists, is not empty, and `overwrite` is False.
+    """
+    if out_dir.exists() and not overwrite and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise OutputInUse(f"{out_dir} exists already", "Pass --overwrite, or choose another --out")
+    partial = out_dir.with_name(f".{out_dir.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    yield partial
+    old = out_dir.with_name(f".{out_dir.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out_dir.exists():
+        out_dir.rename(old)
+    os.replace(partial, out_dir)
+    shutil.rmtree(old, ignore_errors=True)

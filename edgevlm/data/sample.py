@@ -1,0 +1,51 @@
+"""The one Sample type that every reader yields, and what a reader must offer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from edgevlm.artifacts import Labels
+
+
+@dataclass(frozen=True)
+class Text:
+    """A question or sentence about an image, with its answer."""
+
+    text: str
+    answer: str
+    """One of the reader's `labels.answers`."""
+    referred: tuple[int, ...] = ()
+    """Indices of the objects that decide the answer, where the data say so (auxiliary supervision)."""
+    kind: str = ""
+    """Type of question, for a breakdown of the accuracy."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image with everything known about it; boxes are corners in pixels of this image."""
+
+    id: str
+    image: Image.Image
+    """Decoded RGB at its original size."""
+    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    """(n, 4) float32: x1, y1, x2, y2."""
+    classes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """(n,) int64: index into `labels.classes`."""
+    attributes: tuple[tuple[int, ...], ...] = ()
+    """Per object: indices into `labels.attributes`."""
+    texts: tuple[Text, ...] = ()
+    captions: tuple[str, ...] = ()
+
+
+class Reader(Protocol):
+    """One dataset, opened for one task."""
+
+    name: str
+    labels: Labels
+
+    def samples(self, split: str, limit: int | None = None) -> Iterator[Sample]:
+        """The first `limit` samples of `train`, `val` or `test`, always in the same order."""
+        ...

@@ -1,0 +1,58 @@
+"""Trunks: any timm model with `features_only`, plus two small ones of ours that train in minutes on a CPU.
+
+The two follow EfficientNet-Lite (no squeeze-excite, ReLU6: what int8 and NPUs like), with fused MBConv blocks in the
+early stages, where depthwise convolutions leave most of an int8 core idle.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from edgevlm.errors import RecipeError, nearest
+from edgevlm.models._torchvision import ensure_importable
+
+ensure_importable()
+
+import timm  # noqa: E402
+from timm.layers.create_act import get_act_layer  # noqa: E402
+from timm.models import register_model  # noqa: E402
+from timm.models._efficientnet_builder import decode_arch_def  # noqa: E402
+from timm.models.efficientnet import _create_effnet  # noqa: E402
+
+
+def _lite(name: str, stem: int, arch_def: list[list[str]], pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    settings: dict[str, Any] = {
+        "block_args": decode_arch_def(arch_def),
+        "num_features": 128,
+        "stem_size": stem,
+        "fix_stem": True,
+        "act_layer": get_act_layer("relu6"),
+        "norm_layer": nn.BatchNorm2d,
+    }
+    return _create_effnet(name, pretrained, **{**settings, **kwargs})
+
+
+@register_model
+def edgevlm_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """About 0.2M parameters; strides 4, 8, 16, 32 after the stem's 2."""
+    arch_def = [["cn_r1_k3_s1_e1_c16"], ["er_r1_k3_s2_e2_c24"], ["er_r2_k3_s2_e2_c40"], ["ir_r2_k3_s2_e3_c64"], ["ir_r1_k3_s2_e3_c96"]]
+    return _lite("edgevlm_nano", 16, arch_def, pretrained, kwargs)
+
+
+@register_model
+def test_edgevlm(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The smallest trunk that has every kind of block; for fast tests only."""
+    arch_def = [["cn_r1_k3_s1_e1_c8"], ["er_r1_k3_s2_e2_c8"], ["er_r1_k3_s2_e2_c16"], ["ir_r1_k3_s2_e2_c16"], ["ir_r1_k3_s2_e2_c24"]]
+    return _lite("test_edgevlm", 8, arch_def, pretrained, kwargs)
+
+
+def create_trunk(name: str, first_level: int, num_levels: int) -> nn.Module:
+    """A trunk that maps (B, 3, H, W) to a list of maps, finest first, from stride `2**first_level` down to at most 32.
+
+    Raises:
+        RecipeError: timm does not know the name.
+    """
+    if not timm.is_model(name):
+        raise RecipeError(f"Unknown trunk '{name}'", nearest(name, timm.list_models()) or "See timm.list_models()")
+    levels = range(first_level, min(first_level + num_levels, 6))
+    return timm.create_model(name, features_only=True, pretrained=False, out_indices=tuple(level - 1 for level in levels))

@@ -1,0 +1,89 @@
+"""BiFPN: effdet's, with two parts exchanged for forms that every converter maps exactly.
+
+* Upsampling picks rows and columns by constant indices: converters differ on `F.interpolate(nearest)` when the ratio
+  is not whole (3 -> 5), and one of them is silently wrong.
+* Fusion is a running weighted sum instead of a stack along a fifth axis: same result, less memory traffic.
+"""
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from edgevlm.models._torchvision import ensure_importable
+
+ensure_importable()
+
+from effdet.config.fpn_config import get_fpn_config  # noqa: E402
+from effdet.efficientdet import BiFpn, FpnCombine, Interpolate2d, get_feat_sizes  # noqa: E402
+
+
+class NearestResize(nn.Module):
+    """Nearest-neighbour resize to a static size by `index_select`; PyTorch's rule: floor(i * in / out)."""
+
+    def __init__(self, input_size: tuple[int, int], output_size: tuple[int, int]) -> None:
+        super().__init__()
+        for name, n_in, n_out in zip(("rows", "columns"), input_size, output_size, strict=True):
+            self.register_buffer(name, torch.arange(n_out) * n_in // n_out, persistent=False)
+
+    def forward(self, maps_BCHW: Tensor) -> Tensor:
+        return maps_BCHW.index_select(2, self.rows).index_select(3, self.columns)  # pyright: ignore
+
+
+class WeightedSum(nn.Module):
+    """effdet's 'fastattn' combination: relu(w_i) / (sum relu(w) + 1e-4), added up one by one."""
+
+    def __init__(self, combine: FpnCombine) -> None:
+        super().__init__()
+        self.inputs_offsets = combine.inputs_offsets
+        self.resample = combine.resample
+        self.edge_weights = combine.edge_weights
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        weights = nn.functional.relu(self.edge_weights)
+        weights = weights / (weights.sum() + 1e-4)
+        terms = [
+            resample(maps[offset]) * weights[i]
+            for i, (offset, resample) in enumerate(zip(self.inputs_offsets, self.resample.values(), strict=True))
+        ]
+        return sum(terms[1:], terms[0])
+
+
+def create_bifpn(
+    in_channels: list[int], image_size: tuple[int, int], first_level: int, num_levels: int, channels: int, repeats: int
+) -> nn.Module:
+    """A BiFPN from the trunk's maps to `num_levels` maps of `channels` channels, finest first."""
+    max_level = first_level + num_levels - 1
+    config = OmegaConf.create(
+        {
+            "image_size": list(image_size),
+            "min_level": first_level,
+            "max_level": max_level,
+            "num_levels": num_levels,
+            "fpn_channels": channels,
+            "fpn_cell_repeats": repeats,
+            "fpn_name": None,
+            "fpn_config": None,
+            "norm_layer": None,
+            "norm_kwargs": {"eps": 1e-3, "momentum": 0.03},
+            "act_type": "relu6",
+            "pad_type": "",
+            "downsample_type": "max",
+            "upsample_type": "nearest",
+            "apply_resample_bn": True,
+            "conv_bn_relu_pattern": False,
+            "separable_conv": True,
+            "redundant_bias": False,
+        }
+    )
+    config.fpn_config = get_fpn_config(None, min_level=first_level, max_level=max_level)
+    bifpn = BiFpn(config, [{"num_chs": channels_in, "reduction": 0} for channels_in in in_channels])
+    sizes = get_feat_sizes(image_size, max_level=max_level)
+    for cell in bifpn.cell:
+        nodes = get_fpn_config(None, min_level=first_level, max_level=max_level).nodes
+        for fnode, node in zip(cell.fnode, nodes, strict=True):  # pyright: ignore
+            output_size = sizes[node["feat_level"]]
+            for resample in fnode.combine.resample.values():  # pyright: ignore
+                if isinstance(getattr(resample, "upsample", None), Interpolate2d):
+                    resample.upsample = NearestResize(resample.input_size, output_size)
+            fnode.combine = WeightedSum(fnode.combine)  # pyright: ignore
+    return bifpn

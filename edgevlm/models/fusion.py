@@ -1,0 +1,163 @@
+"""The compact fusion transformer: [CLS] words [SEP] regions through post-norm BERT layers (MiniVLM, section 3).
+
+Masks are additive and built outside the layers (-1e4, not -inf: a fully masked row must not become NaN), attention
+is spelt out so that heads can be gated and maps distilled. Heads and FFN widths may differ in every layer.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from edgevlm.artifacts import FusionConfig, TokenizerSpec
+from edgevlm.models.gates import LayerGates
+from edgevlm.models.regions import take
+from edgevlm.models.trimmer import TokenTrimmer, straight_through_keep
+
+MASKED = -1e4
+BOX_NUMBERS = 6  # normalised corners, width, height
+
+
+@dataclass
+class FusionOutput:
+    """What the layers produced; T = tokens (text first, then regions)."""
+
+    pooled_BD: Tensor
+    regions_BND: Tensor
+    """Last hidden states of the region tokens that were kept."""
+    looked_at_BN: Tensor
+    """Attention that [CLS] pays to each region in the last layer, mean over heads; 0 for dropped regions."""
+    hidden_BTD: list[Tensor] = field(default_factory=list)
+    """Embedding output, then each layer's output."""
+    attention_BHTT: list[Tensor] = field(default_factory=list)
+    trim_scores_BN: Tensor | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; `keep` multiplies the attention paid to each key and renormalises."""
+
+    def __init__(self, hidden: int, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        inner = num_heads * head_dim
+        self.query = nn.Linear(hidden, inner)
+        self.key = nn.Linear(hidden, inner)
+        self.value = nn.Linear(hidden, inner)
+        self.output = nn.Linear(inner, hidden)
+
+    def forward(
+        self, x_BTD: Tensor, mask_B11T: Tensor, gates_H: Tensor | None, keep_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        def heads(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+        q, k, v = heads(self.query(x_BTD)), heads(self.key(x_BTD)), heads(self.value(x_BTD))
+        scores = torch.matmul(q * self.head_dim**-0.5, k.transpose(-1, -2)) + mask_B11T
+        attention = torch.softmax(scores, dim=-1)
+        if keep_BT is not None:
+            attention = attention * keep_BT[:, None, None, :]
+            attention = attention / attention.sum(-1, keepdim=True).clamp(min=1e-9)
+        context = torch.matmul(attention, v)
+        if gates_H is not None:
+            context = context * gates_H.view(1, -1, 1, 1)
+        return self.output(context.transpose(1, 2).flatten(2)), attention
+
+
+class Layer(nn.Module):
+    """One post-norm transformer layer."""
+
+    def __init__(self, config: FusionConfig, index: int) -> None:
+        super().__init__()
+        self.attention = Attention(config.hidden, config.layer_heads[index], config.head_dim)
+        self.attention_norm = nn.LayerNorm(config.hidden, eps=1e-12)
+        self.ffn_in = nn.Linear(config.hidden, config.layer_ffn[index])
+        self.ffn_out = nn.Linear(config.layer_ffn[index], config.hidden)
+        self.ffn_norm = nn.LayerNorm(config.hidden, eps=1e-12)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x_BTD: Tensor, mask_B11T: Tensor, gates: LayerGates | None = None, keep_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        y, attention = self.attention(x_BTD, mask_B11T, gates.heads if gates else None, keep_BT)
+        x_BTD = self.attention_norm(x_BTD + self.dropout(y))
+        neurons = nn.functional.gelu(self.ffn_in(x_BTD))
+        if gates is not None:
+            neurons = neurons * gates.neurons
+        return self.ffn_norm(x_BTD + self.dropout(self.ffn_out(neurons))), attention
+
+
+class Fusion(nn.Module):
+    """Joint transformer over words and regions."""
+
+    def __init__(self, config: FusionConfig, tokenizer: TokenizerSpec, region_dim: int) -> None:
+        super().__init__()
+        self.config, self.pad_id = config, tokenizer.pad_id
+        self.words = nn.Embedding(tokenizer.vocab_size, config.hidden)
+        self.positions = nn.Embedding(tokenizer.max_tokens, config.hidden)
+        self.types = nn.Embedding(2, config.hidden)
+        self.word_norm = nn.LayerNorm(config.hidden, eps=1e-12)
+        self.region = nn.Linear(region_dim + BOX_NUMBERS, config.hidden)
+        self.region_norm = nn.LayerNorm(config.hidden, eps=1e-5)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(len(config.layer_heads)))
+        self.trimmer = TokenTrimmer(config) if config.trim_after is not None else None
+        self.pooler = nn.Linear(config.hidden, config.hidden)
+        for embedding in (self.words, self.positions, self.types):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def embed(self, features_BND: Tensor, boxes_norm_BN4: Tensor, input_ids_BL: Tensor) -> Tensor:
+        """Token embeddings, (B, L + N, D)."""
+        positions = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)
+        words = self.words(input_ids_BL) + self.positions(positions) + self.types.weight[0]
+        sizes = boxes_norm_BN4[..., 2:] - boxes_norm_BN4[..., :2]
+        regions = self.region(torch.cat([features_BND, boxes_norm_BN4, sizes], dim=-1)) + self.types.weight[1]
+        return torch.cat([self.word_norm(words), self.region_norm(regions)], dim=1)
+
+    def forward(
+        self,
+        features_BND: Tensor,
+        boxes_norm_BN4: Tensor,
+        valid_BN: Tensor,
+        input_ids_BL: Tensor,
+        *,
+        num_keep: int | None = None,
+        gates: list[LayerGates] | None = None,
+        trim_temperature: float | None = None,
+    ) -> FusionOutput:
+        """Fuse text and regions.
+
+        Args:
+            features_BND, boxes_norm_BN4: region features and normalised corners.
+            valid_BN: 1.0 where the region counts, 0.0 where it is padding.
+            input_ids_BL: token ids.
+            num_keep: region tokens kept after the trimming layer; None = all.
+            gates: multipliers per layer while pruning.
+            trim_temperature: if given, trimming masks tokens (differentiably) instead of removing them.
+        """
+        length, num_regions = input_ids_BL.shape[1], features_BND.shape[1]
+        text_valid = (input_ids_BL != self.pad_id).to(features_BND.dtype)
+        mask = ((1.0 - torch.cat([text_valid, valid_BN], dim=1)) * MASKED)[:, None, None, :]
+        x = self.embed(features_BND, boxes_norm_BN4, input_ids_BL)
+        trimming = num_keep is not None and num_keep < num_regions
+        kept_index, keep, trim_scores = None, None, None
+        hidden, attentions = [x], []
+        for i, layer in enumerate(self.layers):
+            x, attention = layer(x, mask, gates[i] if gates else None, keep)
+            hidden.append(x)
+            attentions.append(attention)
+            if trimming and i == self.config.trim_after and self.trimmer is not None and num_keep is not None:
+                # The trimmer reads the trunk's states but does not steer them: it only ranks.
+                trim_scores = self.trimmer(x[:, length:], x[:, 0]) + (1.0 - valid_BN) * MASKED
+                if trim_temperature is None:
+                    kept_index = torch.topk(trim_scores, num_keep, dim=1).indices
+                    x = torch.cat([x[:, :length], take(x[:, length:], kept_index)], dim=1)
+                    kept_valid = take(valid_BN, kept_index)
+                    mask = ((1.0 - torch.cat([text_valid, kept_valid], dim=1)) * MASKED)[:, None, None, :]
+                else:
+                    kept = straight_through_keep(trim_scores, num_keep, trim_temperature)
+                    keep = torch.cat([torch.ones_like(text_valid), kept], dim=1)
+        looked_at = attentions[-1][:, :, 0, length:].mean(1)
+        if kept_index is not None:
+            places = (kept_index.unsqueeze(-1) == torch.arange(num_regions, device=x.device)).to(x.dtype)
+            looked_at = torch.matmul(looked_at.unsqueeze(1), places).squeeze(1)
+        pooled = torch.tanh(self.pooler(x[:, 0]))
+        return FusionOutput(pooled, x[:, length:], looked_at, hidden, attentions, trim_scores)

@@ -1,0 +1,51 @@
+"""Networks by name. `test-*` are the smallest that have every part; they make the test suite fast."""
+
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from edgevlm.artifacts import FusionConfig, TEEConfig
+from edgevlm.errors import RecipeError, nearest
+from edgevlm.recipe import Choice
+
+TEES: dict[str, TEEConfig] = {
+    "test-tee": TEEConfig(
+        trunk="test_edgevlm",
+        fpn_channels=16,
+        fpn_repeats=1,
+        num_candidates=32,
+        num_proposals=12,
+        num_regions=8,
+        roi_hidden=32,
+    ),
+    "edge-nano": TEEConfig(trunk="edgevlm_nano", fpn_channels=48, fpn_repeats=2),
+}
+"""Extractor name -> config."""
+
+FUSIONS: dict[str, FusionConfig] = {
+    "test-fusion": FusionConfig.uniform(hidden=32, layers=2, heads=2, ffn=64),
+    "edge-l4": FusionConfig.uniform(hidden=128, layers=4, heads=4, ffn=512),
+    "edge-l3": FusionConfig.uniform(hidden=96, layers=3, heads=4, ffn=384),
+}
+"""Fusion name -> config."""
+
+
+def resolve_tee(choice: Choice) -> TEEConfig:
+    """The extractor a recipe names, with its overrides."""
+    return _resolve(choice, TEES, TEEConfig, "tee")
+
+
+def resolve_fusion(choice: Choice) -> FusionConfig:
+    """The fusion transformer a recipe names, with its overrides."""
+    return _resolve(choice, FUSIONS, FusionConfig, "fusion")
+
+
+def _resolve(choice: Choice, table: dict[str, Any], kind: type[BaseModel], what: str) -> Any:
+    if choice.name not in table:
+        raise RecipeError(f"Unknown {what} '{choice.name}'", f"{nearest(choice.name, table)} Known: {', '.join(table)}")
+    try:
+        return kind.model_validate({**table[choice.name].model_dump(), **choice.overrides})
+    except ValidationError as problem:
+        key = ".".join(map(str, problem.errors()[0]["loc"]))
+        hint = nearest(key, kind.model_fields)
+        raise RecipeError(f"{what} '{choice.name}' has no or another '{key}'", hint or problem.errors()[0]["msg"]) from problem

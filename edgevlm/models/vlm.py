@@ -1,0 +1,82 @@
+"""The whole model, pixels to answer: TEE -> fusion -> head; building it from a config and loading it from a folder."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from edgevlm.artifacts import Checkpoint, Labels, ModelConfig, PreprocessSpec, TokenizerSpec, read_manifest
+from edgevlm.errors import CheckpointError
+from edgevlm.models.fusion import Fusion, FusionOutput
+from edgevlm.models.gates import LayerGates
+from edgevlm.models.heads import AnswerHead
+from edgevlm.models.tee import TEE, Regions
+
+WEIGHTS = "model.safetensors"
+VOCABULARY = "vocab.txt"
+
+
+class Answer(NamedTuple):
+    logits_BA: Tensor
+    fusion: FusionOutput
+
+
+class VLM(nn.Module):
+    """One extractor, one fusion, one answer head, and an auxiliary head used in training only."""
+
+    def __init__(self, config: ModelConfig, spec: PreprocessSpec, tokenizer: TokenizerSpec, labels: Labels) -> None:
+        super().__init__()
+        self.config = config
+        self.tee = TEE(config.tee, spec, len(labels.classes), len(labels.attributes))
+        self.fusion = Fusion(config.fusion, tokenizer, config.tee.roi_hidden)
+        self.head = AnswerHead(config.fusion.hidden, len(labels.answers))
+        self.referred = nn.Linear(config.fusion.hidden, 1)
+
+    def encode(self, pixels_BCHW: Tensor) -> Regions:
+        """Regions of images given as (B, 3, H, W) float, 0..255."""
+        return self.tee(pixels_BCHW)
+
+    def answer(
+        self,
+        regions: Regions,
+        input_ids_BL: Tensor,
+        *,
+        num_keep: int | None = None,
+        gates: list[LayerGates] | None = None,
+        trim_temperature: float | None = None,
+    ) -> Answer:
+        """Answer logits for questions about already encoded images (row i asks about image i)."""
+        valid = (regions.scores_BN >= self.config.tee.score_threshold).to(regions.features_BND.dtype)
+        output = self.fusion(
+            regions.features_BND,
+            regions.boxes_norm_BN4,
+            valid,
+            input_ids_BL,
+            num_keep=num_keep,
+            gates=gates,
+            trim_temperature=trim_temperature,
+        )
+        return Answer(self.head(output.pooled_BD), output)
+
+
+def build(manifest: Checkpoint) -> VLM:
+    """An untrained model of the manifest's shape."""
+    return VLM(manifest.model, manifest.preprocess, manifest.tokenizer, manifest.labels)
+
+
+def load(folder: Path) -> tuple[VLM, Checkpoint]:
+    """The model in a checkpoint folder, in evaluation mode.
+
+    Raises:
+        CheckpointError: no checkpoint, altered files, or weights of another shape. Pickled weights are never read.
+    """
+    manifest = read_manifest(folder, Checkpoint)
+    model = build(manifest)
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (FileNotFoundError, SafetensorError, RuntimeError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise CheckpointError(f"{folder / WEIGHTS} does not fit its manifest ({reason})", "Train it again") from problem
+    return model.eval(), manifest

@@ -1,0 +1,252 @@
+"""The typed recipe: everything that decides a run, in one YAML file. Unknown keys are refused.
+
+`edgevlm run scenes-tiny` loads `edgevlm/recipes/scenes-tiny.yaml`; a path to a YAML file works as well. A recipe may
+start from another one with `base: <name or path>` and then states only what differs.
+"""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from edgevlm.artifacts import PreprocessSpec
+from edgevlm.errors import RecipeError, nearest
+
+
+class Section(BaseModel):
+    """Base of all recipe sections: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSection(Section):
+    dataset: str
+    """Reader name: see `edgevlm.data.READERS`."""
+    path: str | None = None
+    """Folder of the dataset; `--data` on the command line wins. None for embedded data."""
+    num_train: int | None = Field(None, gt=0)
+    """Images of the training split; None = all."""
+    num_val: int | None = Field(None, gt=0)
+    num_test: int | None = Field(None, gt=0)
+    texts_per_image: int = Field(8, gt=0)
+    """Questions or sentences per image, where the dataset can draw any number."""
+
+
+class TextSection(Section):
+    vocab_size: int = Field(512, ge=32)
+    """Upper limit of the WordPiece vocabulary that `prepare` trains."""
+    max_tokens: int = Field(24, ge=4)
+
+
+class Choice(Section):
+    """A registered network by name (`edgevlm.models.registry`), with any of its fields overridden."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class TrainSection(Section):
+    steps: int = Field(gt=0)
+    batch_size: int = Field(64, gt=0)
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps with a rising learning rate; linear decay afterwards."""
+    clip_norm: float = Field(1.0, gt=0)
+    save_every: int = Field(200, gt=0)
+    """Steps between resumable snapshots."""
+
+
+class DetectorSection(TrainSection):
+    pass
+
+
+class TeacherSection(TrainSection):
+    fusion: Choice
+    referred_weight: float = Field(1.0, ge=0)
+    """Weight of the auxiliary loss 'which regions does the text refer to' (0 where the data do not say)."""
+
+
+class DistilSection(TeacherSection):
+    kd_weight: float = Field(0.5, ge=0, le=1)
+    """loss = (1 - kd_weight) x task + kd_weight x distillation (EfficientVLM, section 3)."""
+    hidden_weight: float = Field(0.1, ge=0)
+    attention_weight: float = Field(1.0, ge=0)
+
+
+class PruneSection(TrainSection):
+    sparsity: float = Field(0.4, gt=0, lt=1)
+    """Share of the prunable fusion parameters to remove."""
+    ramp: float = Field(0.5, gt=0, le=1)
+    """Share of the pruning steps over which the target rises from 0; one ramp for the whole run."""
+    gate_lr: float = Field(0.05, gt=0)
+    recover_steps: int = Field(200, ge=0)
+    """Steps of fine-tuning after the physical shrinking."""
+    round_to: int = Field(8, gt=0)
+    """Kept FFN widths are rounded up to a multiple of this."""
+    kd_weight: float = Field(0.5, ge=0, le=1)
+    hidden_weight: float = Field(0.1, ge=0)
+    attention_weight: float = Field(1.0, ge=0)
+
+
+class TrimSection(TrainSection):
+    after_layer: int = Field(1, ge=0)
+    """Region tokens are dropped after this fusion layer (0 = the first)."""
+    rungs: dict[str, int] = Field(min_length=1)
+    """Rung name -> region tokens kept; the largest must equal the extractor's `num_regions`."""
+    self_distil_weight: float = Field(1.0, ge=0)
+    """Weight of imitating the full rung of the same model (SmartTrim; our reconstruction)."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "TrimSection":
+        budgets = list(self.rungs.values())
+        if budgets != sorted(set(budgets), reverse=True) or budgets[-1] < 1:
+            raise ValueError("rungs must go from the largest budget to the smallest, each smaller than the one before")
+        return self
+
+
+class CalibrationSection(Section):
+    num_samples: int = Field(64, gt=0)
+    min_samples: int = Field(32, gt=0)
+    """Fewer is refused."""
+
+
+class ExportSection(Section):
+    targets: tuple[str, ...] = ("onnx", "tflite", "openvino", "coreml")
+    precisions: tuple[str, ...] = ("fp32", "int8")
+    num_golden: int = Field(6, gt=0)
+
+
+class VerifySection(Section):
+    num_samples: int = Field(600, gt=0)
+    """Validation questions that every exported file answers."""
+    max_abs_logits_fp32: float = Field(1e-4, gt=0)
+    min_agreement_fp32: float = Field(0.999, ge=0, le=1)
+    min_retention_int8: float = Field(0.98, ge=0, le=1)
+    """Task metric of an int8 file / PyTorch fp32 on the same samples and rung."""
+
+
+class BenchSection(Section):
+    threads: int = Field(1, gt=0)
+    warmup: int = Field(10, ge=0)
+    runs: int = Field(50, gt=0)
+
+
+class GateSection(Section):
+    """Promises of the whole run; None = not checked. A broken one makes the command exit 2."""
+
+    min_points_above_majority: float | None = None
+    """Student's test accuracy minus the majority answer's, in points (0..100)."""
+    min_student_retention: float | None = None
+    """Student / teacher test accuracy."""
+
+
+class Recipe(Section):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    task: Literal["vqa", "reasoning"]
+    seed: int = 0
+    data: DataSection
+    preprocess: PreprocessSpec
+    text: TextSection = TextSection()  # pyright: ignore[reportCallIssue]
+    tee: Choice
+    detector: DetectorSection
+    teacher: TeacherSection
+    distil: DistilSection
+    prune: PruneSection
+    trim: TrimSection
+    calibration: CalibrationSection = CalibrationSection()  # pyright: ignore[reportCallIssue]
+    export: ExportSection = ExportSection()  # pyright: ignore[reportCallIssue]
+    verify: VerifySection = VerifySection()  # pyright: ignore[reportCallIssue]
+    bench: BenchSection = BenchSection()  # pyright: ignore[reportCallIssue]
+    gates: GateSection = GateSection()
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes inside the package."""
+    folder = resources.files("edgevlm.recipes")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+    """Load a shipped recipe by name or a YAML file by path, and apply `key.sub=value` overrides.
+
+    Raises:
+        RecipeError: no such recipe, unreadable YAML, an unknown key (the nearest one is named) or a wrong value.
+    """
+    values = _read(name)
+    for override in overrides or []:
+        _apply(values, override)
+    return parse_recipe(values, name)
+
+
+def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
+    """Validate a recipe given as a dictionary; `source` names it in errors."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as problem:
+        raise _explain(problem, source) from problem
+
+
+def _read(name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    if name in seen:
+        raise RecipeError(f"Recipe {name} is its own base ({' -> '.join((*seen, name))})", "Remove one `base:` line")
+    path = Path(name)
+    if name in shipped_recipes():
+        text = (resources.files("edgevlm.recipes") / f"{name}.yaml").read_text()
+    elif path.suffix in {".yaml", ".yml"} and path.is_file():
+        text = path.read_text()
+    else:
+        hint = nearest(name, shipped_recipes())
+        raise RecipeError(f"No recipe '{name}'", f"{hint} Shipped: {', '.join(shipped_recipes())}; or give a .yaml file")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        raise RecipeError(f"{name} is not valid YAML ({' '.join(str(problem).split())})", "Mend the line named") from problem
+    if not isinstance(values, dict):
+        raise RecipeError(f"{name} does not hold a mapping of keys to values", "See docs/recipes.md")
+    if base := values.pop("base", None):
+        values = _merge(_read(str(base), (*seen, name)), values)
+    return values
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        # A named choice with another name starts afresh, as do ordered tables like rungs.
+        fresh = both and (value.get("name", merged[key].get("name")) != merged[key].get("name") or key == "rungs")
+        merged[key] = _merge(merged[key], value) if both and not fresh else value
+    return merged
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        raise RecipeError(f"Override '{override}' is not key=value", "Write for example --set teacher.steps=500")
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"Override '{override}': '{parent}' is not a section", "Check the key's spelling")
+    values[last] = yaml.safe_load(text)
+
+
+def _explain(problem: ValidationError, source: str) -> RecipeError:
+    error = problem.errors()[0]
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in error["loc"][:-1]:
+            section = section.model_fields[str(part)].annotation
+        hint = nearest(str(error["loc"][-1]), section.model_fields)
+        known = ", ".join(section.model_fields)
+        return RecipeError(f"Unknown key '{where}' in recipe {source}", f"{hint} Known keys here: {known}".strip())
+    if error["type"] == "missing":
+        return RecipeError(f"Recipe {source} lacks '{where}'", "Add the key, or start from a shipped recipe with `base:`")
+    return RecipeError(f"Recipe {source}: '{where}' {error['msg'].lower()} (got {error['input']!r})", "Mend the value")
