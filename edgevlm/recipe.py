@@ -58,7 +58,7 @@ class TrainSection(Section):
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps with a rising learning rate; linear decay afterwards."""
-    clip_norm: float = Field(1.0, gt=0)
+    clip_norm: float = Field(5.0, gt=0)
     save_every: int = Field(200, gt=0)
     """Steps between resumable snapshots."""
 
@@ -69,8 +69,6 @@ class DetectorSection(TrainSection):
 
 class TeacherSection(TrainSection):
     fusion: Choice
-    referred_weight: float = Field(1.0, ge=0)
-    """Weight of the auxiliary loss 'which regions does the text refer to' (0 where the data do not say)."""
 
 
 class DistilSection(TeacherSection):
@@ -154,6 +152,8 @@ class Recipe(Section):
     data: DataSection
     preprocess: PreprocessSpec
     text: TextSection = TextSection()  # pyright: ignore[reportCallIssue]
+    referred_weight: float = Field(1.0, ge=0)
+    """Weight of the auxiliary loss 'which regions does the text refer to', where the data say so."""
     tee: Choice
     detector: DetectorSection
     teacher: TeacherSection

@@ -45,7 +45,9 @@ class Reader(Protocol):
 
     name: str
     labels: Labels
+    splits: tuple[str, ...]
+    """`train`, `val` and `test`, and others that are only evaluated."""
 
     def samples(self, split: str, limit: int | None = None) -> Iterator[Sample]:
-        """The first `limit` samples of `train`, `val` or `test`, always in the same order."""
+        """The first `limit` samples of a split, always in the same order."""
         ...

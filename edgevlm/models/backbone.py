@@ -34,8 +34,8 @@ def _lite(name: str, stem: int, arch_def: list[list[str]], pretrained: bool, kwa
 
 @register_model
 def edgevlm_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """About 0.2M parameters; strides 4, 8, 16, 32 after the stem's 2."""
-    arch_def = [["cn_r1_k3_s1_e1_c16"], ["er_r1_k3_s2_e2_c24"], ["er_r2_k3_s2_e2_c40"], ["ir_r2_k3_s2_e3_c64"], ["ir_r1_k3_s2_e3_c96"]]
+    """About 0.3M parameters in few, wide, dense convolutions: the form that keeps an int8 core busy."""
+    arch_def = [["cn_r1_k3_s2_e1_c32"], ["cn_r2_k3_s2_e1_c64"], ["cn_r2_k3_s2_e1_c96"], ["cn_r1_k3_s2_e1_c128"]]
     return _lite("edgevlm_nano", 16, arch_def, pretrained, kwargs)
 
 

@@ -54,6 +54,16 @@ def cluster_nms(boxes_BN4: Tensor, iou_threshold: float, passes: int = 10) -> Te
     return keep
 
 
+def survivors_first(keep_BN: Tensor, num: int) -> Tensor:
+    """Index (B, num) of the boxes kept, in their order, then of the suppressed, in theirs.
+
+    The keys are distinct whole numbers. A top-k over `scores * keep` would have to choose among equal zeros, and every
+    runtime chooses differently, so that a program with few survivors would not give the same regions everywhere.
+    """
+    count = keep_BN.shape[1]
+    return torch.topk(keep_BN * count - torch.arange(count, dtype=keep_BN.dtype, device=keep_BN.device), num, dim=1).indices
+
+
 def take(values: Tensor, index_BK: Tensor) -> Tensor:
     """Rows of `values` (B, N, D) or (B, N) at `index_BK`, so that everything about a box stays with that box."""
     if values.dim() == 2:

@@ -18,11 +18,13 @@ TEES: dict[str, TEEConfig] = {
         num_regions=8,
         roi_hidden=32,
     ),
-    "edge-nano": TEEConfig(trunk="edgevlm_nano", fpn_channels=48, fpn_repeats=2),
+    # P2 and anchors of 16, 32, 64 px: objects of 16 px have two cells at stride 8, too few to tell a star from a cross.
+    "edge-nano": TEEConfig(trunk="edgevlm_nano", first_level=2, anchor_scale=4.0, fpn_channels=40, fpn_repeats=2),
 }
 """Extractor name -> config."""
 
 FUSIONS: dict[str, FusionConfig] = {
+    "none": FusionConfig.uniform(hidden=8, layers=1, heads=1, ffn=8),  # beside an extractor that is not fused yet
     "test-fusion": FusionConfig.uniform(hidden=32, layers=2, heads=2, ffn=64),
     "edge-l4": FusionConfig.uniform(hidden=128, layers=4, heads=4, ffn=512),
     "edge-l3": FusionConfig.uniform(hidden=96, layers=3, heads=4, ffn=384),

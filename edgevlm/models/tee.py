@@ -18,6 +18,7 @@ from edgevlm.models.regions import (
     cluster_nms,
     decode_boxes,
     roi_align,
+    survivors_first,
     take,
 )
 from edgevlm.models.rpn import RPNHead
@@ -113,12 +114,11 @@ class TEE(nn.Module):
 
     def propose(self, dense: Dense, num_proposals: int | None = None) -> Tensor:
         """The best boxes by objectness after NMS, (B, P, 4) pixels; rows beyond the survivors are the suppressed."""
-        logits, index = torch.topk(dense.objectness_BM, self.config.num_candidates, dim=1)
+        index = torch.topk(dense.objectness_BM, self.config.num_candidates, dim=1).indices
         anchors = self.anchors.unsqueeze(0).expand(index.shape[0], -1, -1)
         boxes = decode_boxes(take(anchors, index), take(dense.deltas_BM4, index), self.limits)
         keep = cluster_nms(boxes, RPN_NMS_IOU)
-        _, index = torch.topk(torch.sigmoid(logits) * keep, num_proposals or self.config.num_proposals, dim=1)
-        return take(boxes, index)
+        return take(boxes, survivors_first(keep, num_proposals or self.config.num_proposals))
 
     def box_features(self, maps: list[Tensor], boxes_BR4: Tensor) -> BoxOutput:
         """Pool each box from its pyramid level and run the box head."""
@@ -135,8 +135,9 @@ class TEE(nn.Module):
         boxes = decode_boxes(proposals_BP4, output.deltas_BR4, self.limits, BOX_SCALE)
         scores, index = torch.topk(scores, scores.shape[1], dim=1)
         boxes, features = take(boxes, index), take(output.features_BRD, index)
-        scores, index = torch.topk(scores * cluster_nms(boxes, REGION_NMS_IOU), self.config.num_regions, dim=1)
-        return Regions(take(features, index), take(boxes, index) / self.limits, scores)
+        keep = cluster_nms(boxes, REGION_NMS_IOU)
+        index = survivors_first(keep, self.config.num_regions)
+        return Regions(take(features, index), take(boxes, index) / self.limits, take(scores * keep, index))
 
     def forward(self, pixels_BCHW: Tensor) -> Regions:
         dense = self.dense(pixels_BCHW)

@@ -1,0 +1,146 @@
+"""Answer a question about an image from an exported file, and draw the regions the model looked at."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from edgevlm.artifacts import Bundle, ExportedModel, read_manifest
+from edgevlm.data.preprocess import load_image, preprocess, unscale_boxes
+from edgevlm.data.text import Tokenizer
+from edgevlm.errors import TargetError, nearest
+from edgevlm.models.vlm import VOCABULARY
+from targets.base import runtime_status
+from targets.bundle import open_bundle
+from targets.program import ENCODE, answer_name
+
+PREFERENCE = ("tflite", "onnx", "openvino", "coreml")
+"""Order in which a runtime is chosen when the user names none; int8 before fp32."""
+MIN_WEIGHT = 0.05
+"""Regions that get less of the attention are not drawn."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A region the model looked at; corners in pixels of the user's image."""
+
+    box: tuple[float, float, float, float]
+    weight: float
+    """Share of the [CLS] token's attention to regions, 0..1."""
+    score: float
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What `ask` found out."""
+
+    answer: str
+    probability: float
+    runners_up: tuple[tuple[str, float], ...]
+    regions: tuple[Region, ...]
+    """Most looked at first."""
+    target: str
+    precision: str
+    rung: str
+
+
+def ask(
+    folder: Path,
+    image: Path,
+    question: str,
+    *,
+    target: str | None = None,
+    precision: str | None = None,
+    rung: str | None = None,
+    threads: int = 2,
+) -> Reply:
+    """Run one image and one question through an exported model.
+
+    Raises:
+        BundleError, ImageError, TextError, TargetError: with what to do about it.
+    """
+    pixels_from = load_image(image)
+    manifest = read_manifest(folder, Bundle)
+    ids = Tokenizer(folder / VOCABULARY, manifest.tokenizer).encode(question)
+    rung = _choose_rung(manifest, rung)
+    model = _choose_model(manifest, target, precision)
+    _, _, session = open_bundle(folder, model.target, model.precision, threads=threads, check=False)
+    pixels = preprocess(pixels_from, manifest.preprocess)
+    encoded = session.run(ENCODE, {"image": pixels[None]})
+    output = session.run(answer_name(rung), {**encoded, "input_ids": ids[None].astype(np.int32)})
+    session.close()
+    logits = output["logits"][0].astype(np.float64)
+    probabilities = np.exp(logits - logits.max())
+    probabilities /= probabilities.sum()
+    order = probabilities.argsort()[::-1]
+    answers = manifest.labels.answers
+    return Reply(
+        answer=answers[order[0]],
+        probability=float(probabilities[order[0]]),
+        runners_up=tuple((answers[i], float(probabilities[i])) for i in order[1:3]),
+        regions=_regions(encoded, output["looked_at"][0], manifest, pixels_from.size),
+        target=model.target,
+        precision=model.precision,
+        rung=rung,
+    )
+
+
+def draw(image: Path, reply: Reply, out: Path) -> None:
+    """Write the user's image with the looked-at regions as boxes (thicker = more attention) and the answer below."""
+    picture = load_image(image)
+    scale = max(1, round(480 / max(picture.size)))
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    strip = 26
+    canvas = Image.new("RGB", (picture.width, picture.height + strip), "white")
+    canvas.paste(picture, (0, 0))
+    pen = ImageDraw.Draw(canvas)
+    for region in reversed(reply.regions):
+        corners = [value * scale for value in region.box]
+        width = 1 + round(6 * region.weight)
+        pen.rectangle(corners, outline="white", width=width + 2)
+        pen.rectangle(corners, outline="#d6006c", width=width)
+        pen.text((corners[0] + 4, corners[1] + 4), f"{region.weight:.0%}", fill="#d6006c", stroke_width=2, stroke_fill="white")
+    pen.text((6, picture.height + 6), f"{reply.answer}  ({reply.probability:.0%})", fill="black")
+    temporary = out.with_name(f".{out.name}.writing")
+    canvas.save(temporary, format="PNG")
+    temporary.replace(out)
+
+
+def _regions(
+    encoded: dict[str, np.ndarray], looked_at: np.ndarray, manifest: Bundle, image_size: tuple[int, int]
+) -> tuple[Region, ...]:
+    spec = manifest.preprocess
+    corners = encoded["boxes"][0] * np.array([spec.width, spec.height] * 2, np.float32)
+    corners = unscale_boxes(corners, image_size, spec)
+    scores = encoded["scores"][0]
+    weights = looked_at * (scores >= manifest.model.tee.score_threshold)
+    total = float(weights.sum()) or 1.0
+    regions = [
+        Region((float(box[0]), float(box[1]), float(box[2]), float(box[3])), float(weight) / total, float(score))
+        for box, weight, score in zip(corners, weights, scores, strict=True)
+        if weight / total >= MIN_WEIGHT
+    ]
+    return tuple(sorted(regions, key=lambda region: -region.weight))
+
+
+def _choose_rung(manifest: Bundle, rung: str | None) -> str:
+    names = [entry.name for entry in manifest.rungs]
+    if rung is None:
+        return names[0]
+    if rung not in names:
+        raise TargetError(f"This bundle has no rung '{rung}'", f"{nearest(rung, names)} It has: {', '.join(names)}")
+    return rung
+
+
+def _choose_model(manifest: Bundle, target: str | None, precision: str | None) -> ExportedModel:
+    fitting = [m for m in manifest.models if target in (None, m.target) and precision in (None, m.precision)]
+    if not fitting:
+        has = ", ".join(f"{m.target}/{m.precision}" for m in manifest.models)
+        raise TargetError(f"This bundle has no {target or 'model'} at {precision or 'any precision'}", f"It has: {has}")
+    if target is None:
+        fitting = [m for m in fitting if runtime_status(m.target)[0]]
+        if not fitting:
+            raise TargetError("No runtime for this bundle is installed", "Install one: pip install 'edgevlm[onnx]'")
+    fitting.sort(key=lambda m: (PREFERENCE.index(m.target), m.precision != "int8"))
+    return fitting[0]

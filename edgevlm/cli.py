@@ -1,0 +1,199 @@
+"""The command line: verbs to stages, no logic. Tables and bars for people; `--json` on stdout for programs."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from edgevlm import __version__
+from edgevlm.errors import EdgeVLMError, GateFailed
+
+app = typer.Typer(
+    help="Vision-language models from a training GPU to phones, Jetsons and PCs, in one flow.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+RecipeName = Annotated[str, typer.Argument(help="A shipped recipe (see `edgevlm recipes`) or a .yaml file.")]
+BundleFolder = Annotated[Path, typer.Argument(help="Folder of an exported bundle.")]
+Out = Annotated[Path | None, typer.Option(help="Output folder.")]
+Data = Annotated[str | None, typer.Option(help="Folder of the dataset; wins over the recipe's data.path.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: --set teacher.steps=500")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+@app.callback()
+def _global(verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks and library chatter.")] = False) -> None:
+    from edgevlm.quiet import hush
+
+    if not verbose:
+        hush()
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    out: Out = None,
+    data: Data = None,
+    overrides: Set = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+) -> None:
+    """Train, distil, prune, trim, export, verify, bench and score: one command, resumable."""
+    from edgevlm.pipeline import run as run_stages
+    from edgevlm.progress import ConsoleReporter
+    from edgevlm.recipe import load_recipe
+    from edgevlm.stages import STAGES, show_scorecard
+
+    loaded = load_recipe(recipe, overrides)
+    folder = out or Path("runs") / loaded.name
+    folders = run_stages(STAGES, loaded, folder, data_path=data, until=until, reporter=ConsoleReporter())
+    if "scorecard" in folders:
+        show_scorecard(folders["scorecard"], folders["export"], console)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that ship with the package."""
+    from edgevlm.recipe import load_recipe, shipped_recipes
+
+    for name in shipped_recipes():
+        loaded = load_recipe(name)
+        console.print(f"[bold]{name}[/]  {loaded.task} on {loaded.data.dataset}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a trained checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new bundle.")],
+    calibration: Annotated[Path | None, typer.Option(help="Frozen calibration set; needed for int8.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Repeat for several; default: all of the recipe.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="Repeat for several; default: all of the recipe.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Export a checkpoint into a bundle."""
+    from edgevlm.progress import ConsoleReporter
+    from edgevlm.stages import export_checkpoint
+
+    export_checkpoint(checkpoint, out, calibration, target, precision, overwrite, ConsoleReporter())
+    console.print(f'Next: edgevlm verify {out} --checkpoint {checkpoint}')
+
+
+@app.command()
+def verify(
+    bundle: BundleFolder,
+    checkpoint: Annotated[Path, typer.Option(help="The checkpoint the bundle was exported from.")],
+    out: Annotated[Path, typer.Option(help="Folder of the parity report.")] = Path("parity"),
+    data: Data = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Prove that every exported file still gives PyTorch's answers; exits 2 if one does not."""
+    from edgevlm.progress import ConsoleReporter
+    from edgevlm.stages import verify_folder
+
+    report = verify_folder(bundle, checkpoint, out, data, overwrite, ConsoleReporter())
+    if as_json:
+        print(report.model_dump_json(indent=1))
+    else:
+        from edgevlm.report.terminal import print_parity
+
+        print_parity(report, console)
+    failed = [row for row in report.rows if row.verdict == "failed"]
+    if failed:
+        raise GateFailed(f"{len(failed)} of {len(report.rows)} rows failed parity", f"Read the reasons in {out}")
+
+
+@app.command()
+def bench(
+    bundle: BundleFolder,
+    checkpoint: Annotated[Path | None, typer.Option(help="Adds PyTorch's own latency as the baseline.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the latency report.")] = Path("latency"),
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    runs: Annotated[int, typer.Option(min=1, help="Timed repetitions per program.")] = 50,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Measure load, first and warm latency and memory of every exported file on this machine."""
+    from edgevlm.progress import ConsoleReporter
+    from edgevlm.stages import bench_folder
+
+    report = bench_folder(bundle, checkpoint, out, threads, runs, overwrite, ConsoleReporter())
+    if as_json:
+        print(report.model_dump_json(indent=1))
+    else:
+        from edgevlm.report.terminal import print_latency
+
+        print_latency(report, console)
+
+
+@app.command()
+def ask(
+    bundle: BundleFolder,
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str, typer.Argument(help="A question or sentence about it.")],
+    target: Annotated[str | None, typer.Option(help="Runtime to use; default: the first that is installed.")] = None,
+    precision: Annotated[str | None, typer.Option()] = None,
+    rung: Annotated[str | None, typer.Option(help="Token budget; default: the full one.")] = None,
+    draw: Annotated[Path | None, typer.Option(help="Write a PNG with the regions it looked at.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a question about an image from an exported file."""
+    from dataclasses import asdict
+
+    from edgevlm.ask import ask as ask_bundle
+    from edgevlm.ask import draw as draw_reply
+
+    reply = ask_bundle(bundle, image, question, target=target, precision=precision, rung=rung)
+    if draw is not None:
+        draw_reply(image, reply, draw)
+    if as_json:
+        print(json.dumps(asdict(reply)))
+        return
+    console.print(f"[bold]{reply.answer}[/]  ({reply.probability:.0%})")
+    others = ", ".join(f"{answer} {probability:.0%}" for answer, probability in reply.runners_up)
+    console.print(f"[dim]then {others}; {reply.target} {reply.precision}, rung {reply.rung}[/]")
+    if draw is not None:
+        console.print(f"[dim]{len(reply.regions)} regions drawn into {draw}[/]")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is installed, what can be verified on this machine, and what is missing."""
+    from edgevlm import doctor as examine
+
+    findings = examine.collect()
+    if as_json:
+        print(json.dumps(examine.as_dict(findings)))
+    else:
+        examine.render(findings, console)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    console.print(__version__)
+
+
+def main() -> None:
+    """Entry point: errors become one line and an exit code; a traceback appears only with -v."""
+    try:
+        app()
+    except EdgeVLMError as error:
+        if "-v" in sys.argv or "--verbose" in sys.argv:
+            raise
+        errors.print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        errors.print("interrupted; the same command goes on from here")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

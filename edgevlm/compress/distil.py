@@ -1,0 +1,139 @@
+"""Stage `distil`: a smaller fusion learns from the teacher's logits, attention maps and hidden states.
+
+The teacher looks at the student's boxes (feature alignment, DistillVLM); the loss terms and their form follow
+EfficientVLM's stage 1 and 2: (1 - w) task + w (KL(logits) + a * keys * MSE(attention) + h * MSE(hidden)).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgevlm.artifacts import Checkpoint, ModelConfig
+from edgevlm.errors import CheckpointError
+from edgevlm.job import Job
+from edgevlm.models import vlm
+from edgevlm.models.fusion import FusionOutput
+from edgevlm.models.gates import LayerGates
+from edgevlm.models.registry import resolve_fusion
+from edgevlm.models.tee import Regions
+from edgevlm.models.vlm import VLM
+from edgevlm.recipe import DistilSection, PruneSection
+from edgevlm.tasks import answers as task
+from edgevlm.train.answering import batch_of, evaluate, freeze_extractor, referred_loss, report
+from edgevlm.train.checkpoints import save_checkpoint
+from edgevlm.train.loop import fit
+from edgevlm.train.regions import RegionSplit
+
+
+def layer_map(num_student: int, num_teacher: int) -> list[int]:
+    """Teacher layer that each student layer imitates: evenly spread, last to last (2:1 gives 1, 3, 5 ...)."""
+    return [round((i + 1) * num_teacher / num_student) - 1 for i in range(num_student)]
+
+
+class Distiller(nn.Module):
+    """Loss of a student against a frozen teacher; holds the projections between different widths."""
+
+    def __init__(self, student: VLM, teacher: VLM, hidden_weight: float, attention_weight: float) -> None:
+        super().__init__()
+        depths = len(student.config.fusion.layer_heads), len(teacher.config.fusion.layer_heads)
+        self.pairs = list(enumerate(layer_map(*depths)))
+        self.hidden_weight, self.attention_weight = hidden_weight, attention_weight
+        widths = student.config.fusion.hidden, teacher.config.fusion.hidden
+        self.projections = nn.ModuleList(nn.Linear(*widths) for _ in self.pairs)
+
+    def forward(
+        self, student_logits: Tensor, student: FusionOutput, teacher_logits: Tensor, teacher: FusionOutput
+    ) -> Tensor:
+        loss = logit_loss(student_logits, teacher_logits)
+        num_keys = student.attention_BHTT[0].shape[-1]
+        for (i, j), projection in zip(self.pairs, self.projections, strict=True):
+            hidden = F.mse_loss(projection(student.hidden_BTD[i + 1]), teacher.hidden_BTD[j + 1])
+            # Head counts differ, so the maps are compared as means over heads.
+            maps = student.attention_BHTT[i].mean(1), teacher.attention_BHTT[j].mean(1)
+            loss = loss + (self.hidden_weight * hidden + self.attention_weight * num_keys * F.mse_loss(*maps)) / len(self.pairs)
+        return loss
+
+
+def logit_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(teacher || student) per sample, temperature 1."""
+    return F.kl_div(student_logits.log_softmax(1), teacher_logits.log_softmax(1), reduction="batchmean", log_target=True)
+
+
+class DistilObjective(nn.Module):
+    """Task loss + distillation (+ referred regions); `gates` multiply the student while it is pruned."""
+
+    def __init__(self, student: VLM, teacher: VLM, section: DistilSection | PruneSection, referred_weight: float) -> None:
+        super().__init__()
+        self.student = student
+        self.distiller = Distiller(student, teacher, section.hidden_weight, section.attention_weight)
+        self.kd_weight, self.referred_weight = section.kd_weight, referred_weight
+        self._teacher = [teacher.eval().requires_grad_(False)]  # a list: not a submodule, so not in snapshots
+        freeze_extractor(student)
+
+    def forward(
+        self,
+        features: Tensor,
+        boxes: Tensor,
+        scores: Tensor,
+        input_ids: Tensor,
+        answers: Tensor,
+        referred: Tensor,
+        has_referred: Tensor,
+        gates: list[LayerGates] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        regions = Regions(features, boxes, scores)
+        teacher = self._teacher[0].to(features.device)
+        with torch.no_grad():
+            target = teacher.answer(regions, input_ids)
+        answer = self.student.answer(regions, input_ids, gates=gates)
+        imitation = self.distiller(answer.logits_BA, answer.fusion, target.logits_BA, target.fusion)
+        loss = (1 - self.kd_weight) * task.loss(answer.logits_BA, answers) + self.kd_weight * imitation
+        if self.referred_weight:
+            loss = loss + self.referred_weight * referred_loss(self.student, answer.fusion, scores, referred, has_referred)
+        accuracy = (answer.logits_BA.argmax(1) == answers).float().mean()
+        return loss, {"accuracy": accuracy, "kd": imitation.detach()}
+
+
+def load_teacher(job: Job, student: Checkpoint) -> VLM:
+    """The teacher, checked to speak the student's language.
+
+    Raises:
+        CheckpointError: other labels, vocabulary or preprocessing.
+    """
+    teacher, manifest = vlm.load(job.inputs["teacher"])
+    for what in ("labels", "tokenizer", "preprocess"):
+        if getattr(manifest, what) != getattr(student, what):
+            raise CheckpointError(
+                f"The teacher in {job.inputs['teacher']} has other {what} than the student",
+                "Train both from the same `prepare` stage",
+            )
+    return teacher
+
+
+def distil(job: Job) -> Checkpoint:
+    """Train the student's fusion under the teacher; the extractor is the detector's."""
+    recipe, section = job.recipe, job.recipe.distil
+    detector, manifest = vlm.load(job.inputs["detector"])
+    teacher = load_teacher(job, manifest)
+    torch.manual_seed(recipe.seed + 2)
+    config = ModelConfig(tee=manifest.model.tee, fusion=resolve_fusion(section.fusion))
+    student = VLM(config, manifest.preprocess, manifest.tokenizer, manifest.labels)
+    student.tee.load_state_dict(detector.tee.state_dict())
+    split = RegionSplit.load(job.inputs["regions"], "train")
+    fit(
+        DistilObjective(student, teacher, section, recipe.referred_weight),
+        len(split.answers),
+        lambda rows: batch_of(split, rows),
+        section,
+        what="distil",
+        work_dir=job.out_dir,
+        key=job.provenance.key,
+        seed=recipe.seed + 2,
+        reporter=job.reporter,
+    )
+    metrics = evaluate(student, job)
+    report(job, "student", metrics)
+    manifest = manifest.model_copy(
+        update={"provenance": job.provenance, "model": config, "task": recipe.task, "metrics": metrics}
+    )
+    return save_checkpoint(job.out_dir, student.cpu(), job.inputs["prepare"] / vlm.VOCABULARY, manifest)

@@ -1,0 +1,216 @@
+"""Whole splits as arrays, so that an epoch costs no decoding: images at the model's size, and encoded questions."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from edgevlm.artifacts import Labels, PreprocessSpec
+from edgevlm.data.preprocess import preprocess, scale_boxes
+from edgevlm.data.sample import Reader, Sample, Text
+from edgevlm.data.text import Tokenizer
+from edgevlm.errors import DataError, TextError
+
+Progress = Callable[[int, int | None], None]
+"""Called with (samples done, samples in all if known)."""
+
+CHUNK = 32
+"""Samples per message between processes."""
+
+
+@dataclass
+class Frames:
+    """The images of a split as the model sees them; boxes are in pixels of the model's input."""
+
+    ids: list[str]
+    pixels: np.ndarray
+    """(I, H, W, 3) uint8."""
+    boxes: list[np.ndarray]
+    """Per image (n, 4) float32: x1, y1, x2, y2."""
+    classes: list[np.ndarray]
+    """Per image (n,) int64."""
+    attributes: list[np.ndarray]
+    """Per image (n, A) float32, 0 or 1."""
+    texts: list[tuple[Text, ...]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class Questions:
+    """The texts of a split, encoded; Q in all."""
+
+    image_index: np.ndarray
+    """(Q,) int64 into the frames."""
+    input_ids: np.ndarray
+    """(Q, L) int32."""
+    answers: np.ndarray
+    """(Q,) int64 into `labels.answers`."""
+    referred: list[tuple[int, ...]]
+    """Indices of the objects of the image that decide the answer."""
+    kinds: list[str]
+    texts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@runtime_checkable
+class RandomAccess(Protocol):
+    """A reader that can make any sample by itself, and so in any process."""
+
+    labels: Labels
+
+    def sample(self, split: str, index: int) -> Sample: ...
+
+    def num_samples(self, split: str, limit: int | None) -> int: ...
+
+
+Row = tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[Text, ...]]
+
+
+def materialise(
+    reader: Reader,
+    split: str,
+    limit: int | None,
+    spec: PreprocessSpec,
+    *,
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> Frames:
+    """Read, preprocess and check the first `limit` samples of a split.
+
+    Args:
+        reader: any reader.
+        split: `train`, `val` or `test`.
+        limit: at most so many samples; None = all that the reader offers.
+        spec: size of the model's input and how to get there.
+        workers: processes that draw samples side by side, where the reader can make any sample by itself (others are
+            read in this process). The frames are the same for any number.
+        progress: called now and then.
+
+    Raises:
+        DataError: a malformed sample (its id is named), or a split without samples.
+    """
+    total = limit
+    if isinstance(reader, RandomAccess):
+        total = reader.num_samples(split, limit)
+        rows = (
+            _rows_in_parallel(reader, split, total, spec, workers) if workers > 0 else _rows(reader, split, total, spec)
+        )
+    else:
+        rows = _rows(reader, split, limit, spec)
+    frames = Frames([], np.empty((total or 1024, spec.height, spec.width, 3), np.uint8), [], [], [], [])
+    for sample_id, pixels_HWC, boxes, classes, attributes, texts in rows:
+        count = len(frames.ids)
+        if count == len(frames.pixels):
+            # In place: a stack of separate images would hold the split twice.
+            frames.pixels.resize((2 * count, *frames.pixels.shape[1:]), refcheck=False)
+        frames.pixels[count] = pixels_HWC
+        frames.ids.append(sample_id)
+        frames.boxes.append(boxes)
+        frames.classes.append(classes)
+        frames.attributes.append(attributes)
+        frames.texts.append(texts)
+        if progress and (count + 1) % CHUNK == 0:
+            progress(count + 1, total)
+    if not frames.ids:
+        raise DataError(f"Split '{split}' has no samples", "Check the folder, or raise the limit")
+    frames.pixels.resize((len(frames.ids), *frames.pixels.shape[1:]), refcheck=False)
+    if progress:
+        progress(len(frames.ids), len(frames.ids))
+    return frames
+
+
+def make_questions(frames: Frames, tokenizer: Tokenizer, labels: Labels, *, truncate: bool = False) -> Questions:
+    """Encode every text of the frames.
+
+    Raises:
+        DataError: an answer that is not in `labels.answers`, or a text that the tokenizer refuses (unless `truncate`).
+    """
+    answer_ids = {answer: i for i, answer in enumerate(labels.answers)}
+    flat = [(i, text) for i, texts in enumerate(frames.texts) for text in texts]
+    for i, text in flat:
+        if text.answer not in answer_ids:
+            raise DataError(
+                f"Sample {frames.ids[i]}: the answer '{text.answer}' is not one of the {len(answer_ids)} known answers",
+                "Add it to the reader's labels, or leave the question out",
+            )
+    try:
+        input_ids_QL = tokenizer.encode_batch([text.text for _, text in flat], truncate=truncate)
+    except TextError:
+        _name_refused(frames, tokenizer, truncate)
+        raise
+    return Questions(
+        image_index=np.array([i for i, _ in flat], np.int64),
+        input_ids=input_ids_QL,
+        answers=np.array([answer_ids[text.answer] for _, text in flat], np.int64),
+        referred=[text.referred for _, text in flat],
+        kinds=[text.kind for _, text in flat],
+        texts=[text.text for _, text in flat],
+    )
+
+
+def _name_refused(frames: Frames, tokenizer: Tokenizer, truncate: bool) -> None:
+    for sample_id, texts in zip(frames.ids, frames.texts, strict=True):
+        try:
+            tokenizer.encode_batch([text.text for text in texts], truncate=truncate)
+        except TextError as problem:
+            raise DataError(f"Sample {sample_id}: {problem.what}", problem.fix) from problem
+
+
+def _rows(reader: Reader, split: str, limit: int | None, spec: PreprocessSpec) -> Iterator[Row]:
+    for sample in reader.samples(split, limit):
+        yield _row(sample, reader.labels, spec)
+
+
+def _rows_in_parallel(
+    reader: RandomAccess, split: str, total: int, spec: PreprocessSpec, workers: int
+) -> Iterator[Row]:
+    # Spawned, not forked: the caller may hold PyTorch's threads, which do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    chunks = [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for rows in pool.map(partial(_draw_chunk, reader, split, spec), chunks):
+            yield from rows
+
+
+def _draw_chunk(reader: RandomAccess, split: str, spec: PreprocessSpec, indices: range) -> list[Row]:
+    return [_row(reader.sample(split, index), reader.labels, spec) for index in indices]
+
+
+def _row(sample: Sample, labels: Labels, spec: PreprocessSpec) -> Row:
+    """Check a sample and bring it to the model's size."""
+    n = len(sample.classes)
+    boxes = np.asarray(sample.boxes, np.float32)
+    if boxes.shape != (n, 4) or len(sample.attributes) != n:
+        raise _bad(sample, f"{n} classes, boxes of shape {boxes.shape}, {len(sample.attributes)} attribute lists")
+    if n and not (np.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all()):
+        raise _bad(sample, "a box without area, or not a number")
+    if n and not (sample.classes.min() >= 0 and sample.classes.max() < len(labels.classes)):
+        raise _bad(sample, f"a class outside 0..{len(labels.classes) - 1}")
+    attributes = np.zeros((n, len(labels.attributes)), np.float32)
+    for row, tags in zip(attributes, sample.attributes, strict=True):
+        if any(not 0 <= tag < len(labels.attributes) for tag in tags):
+            raise _bad(sample, f"an attribute outside 0..{len(labels.attributes) - 1}")
+        row[list(tags)] = 1
+    for text in sample.texts:
+        if any(not 0 <= i < n for i in text.referred):
+            raise _bad(sample, f"the text {text.text!r} refers to an object that is not there")
+    return (
+        sample.id,
+        preprocess(sample.image, spec),
+        scale_boxes(boxes, sample.image.size, spec),
+        sample.classes.astype(np.int64),
+        attributes,
+        sample.texts,
+    )
+
+
+def _bad(sample: Sample, what: str) -> DataError:
+    return DataError(f"Sample {sample.id} is malformed: {what}", "Mend the dataset's reader or the record")

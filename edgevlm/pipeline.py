@@ -1,0 +1,195 @@
+"""Stage order, resume and locking: `run` takes a recipe from nothing to a scorecard.
+
+A stage is done if its folder holds a manifest with the right key, and the key is a hash of the recipe sections the
+stage reads, of its inputs' keys and of the data. So a second run does only what is missing, and a changed recipe
+reruns just what depends on the change. A stage writes into `.<name>.partial` and is renamed when it is whole.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from edgevlm import __version__
+from edgevlm.artifacts import MANIFEST, Artifact, Provenance, digest
+from edgevlm.errors import DataError, OutputInUse, RecipeError, nearest
+from edgevlm.job import Job
+from edgevlm.progress import Reporter
+from edgevlm.recipe import Recipe
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the flow."""
+
+    name: str
+    run: Callable[[Job], Artifact]
+    inputs: tuple[str, ...]
+    """Stages whose artifacts it reads."""
+    sections: tuple[str, ...]
+    """Top-level recipe keys it reads; a change in any other leaves it done."""
+
+
+def stage_keys(stages: tuple[Stage, ...], recipe: Recipe, data_path: str | None) -> dict[str, str]:
+    """Key of every stage, in order."""
+    values = recipe.model_dump(mode="json")
+    data = data_fingerprint(data_path or recipe.data.path)
+    keys: dict[str, str] = {}
+    for stage in stages:
+        keys[stage.name] = digest(
+            {
+                "stage": stage.name,
+                "version": __version__,
+                "sections": {name: values[name] for name in (*stage.sections, "seed")},
+                "inputs": {name: keys[name] for name in stage.inputs},
+                "data": data if "data" in stage.sections else "",
+            }
+        )
+    return keys
+
+
+def data_fingerprint(path: str | None) -> str:
+    """Hash of the names and sizes of a dataset's files; empty for embedded data.
+
+    Raises:
+        DataError: the folder does not exist.
+    """
+    if path is None:
+        return ""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DataError(f"No data folder {folder}", "Give the dataset's folder with --data (docs/data.md says where to get it)")
+    files = sorted((f.relative_to(folder).as_posix(), f.stat().st_size) for f in folder.rglob("*") if f.is_file())
+    return digest(files)
+
+
+def run(
+    stages: tuple[Stage, ...],
+    recipe: Recipe,
+    out_dir: Path,
+    *,
+    data_path: str | None = None,
+    until: str | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Path]:
+    """Run every stage that is not done yet; returns stage name -> folder.
+
+    Raises:
+        OutputInUse: another run holds the folder, or it holds something else.
+        EdgeVLMError: whatever a stage raises; finished stages stay, the unfinished one goes on next time.
+    """
+    reporter = reporter or Reporter()
+    if until is not None and until not in (names := [stage.name for stage in stages]):
+        raise RecipeError(f"No stage '{until}'", f"{nearest(until, names)} Stages: {', '.join(names)}")
+    keys = stage_keys(stages, recipe, data_path)
+    folders: dict[str, Path] = {}
+    with locked(out_dir, recipe):
+        for number, stage in enumerate(stages, 1):
+            folder = folders[stage.name] = out_dir / stage.name
+            label = f"[{number:2}/{len(stages)}] {stage.name}"
+            if _done(folder, keys[stage.name]):
+                reporter.say(f"{label}: done before")
+            else:
+                reporter.say(f"{label} ...")
+                start = time.monotonic()
+                _run_stage(stage, recipe, folder, folders, keys, data_path, reporter)
+                reporter.say(f"  {stage.name} took {time.monotonic() - start:.0f} s")
+            if stage.name == until:
+                break
+    return folders
+
+
+def _done(folder: Path, key: str) -> bool:
+    try:
+        return json.loads((folder / MANIFEST).read_bytes())["provenance"]["key"] == key
+    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, ValueError):
+        return False
+
+
+def _run_stage(
+    stage: Stage,
+    recipe: Recipe,
+    folder: Path,
+    folders: dict[str, Path],
+    keys: dict[str, str],
+    data_path: str | None,
+    reporter: Reporter,
+) -> None:
+    partial = folder.with_name(f".{folder.name}.partial")
+    key_file = partial / ".key"
+    if _done(partial, keys[stage.name]):  # killed between the stage's last write and the renaming
+        _put_in_place(partial, folder)
+        return
+    if not key_file.is_file() or key_file.read_text() != keys[stage.name]:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        key_file.write_text(keys[stage.name])
+    started = time.monotonic()
+    provenance = Provenance(
+        stage=stage.name,
+        key=keys[stage.name],
+        parents={name: keys[name] for name in stage.inputs},
+        recipe=recipe.model_dump(mode="json"),
+        dataset=recipe.data.dataset,
+        seed=recipe.seed,
+        edgevlm=__version__,
+        commit=_commit(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    inputs = {name: folders[name] for name in stage.inputs}
+    stage.run(Job(recipe, inputs, partial, provenance, data_path, reporter))
+    _record_seconds(partial / MANIFEST, time.monotonic() - started)
+    _put_in_place(partial, folder)
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    (partial / ".key").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def _record_seconds(path: Path, seconds: float) -> None:
+    manifest = json.loads(path.read_bytes())
+    manifest["provenance"]["seconds"] = round(seconds, 2)
+    path.write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _commit() -> str:
+    """Commit of the source tree edgevlm runs from; empty when it is installed."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+    return ""
+
+
+@contextlib.contextmanager
+def locked(out_dir: Path, recipe: Recipe) -> Iterator[None]:
+    """Hold `out_dir` for this process; the lock vanishes with the process, however it ends.
+
+    Raises:
+        OutputInUse: another process holds it, or the folder is not a run of edgevlm.
+    """
+    marker = out_dir / RUN_FILE
+    if out_dir.exists() and not out_dir.is_dir():
+        raise OutputInUse(f"{out_dir} is a file", "Choose a folder with --out")
+    if out_dir.is_dir() and any(out_dir.iterdir()) and not marker.is_file():
+        raise OutputInUse(f"{out_dir} holds files that no run of edgevlm wrote", "Choose another --out")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with marker.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            raise OutputInUse(f"Another run is writing to {out_dir}", "Wait for it, or choose another --out") from problem
+        file.truncate(0)
+        file.write(json.dumps({"recipe": recipe.name, "edgevlm": __version__}) + "\n")
+        file.flush()
+        yield

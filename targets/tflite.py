@@ -1,0 +1,85 @@
+"""LiteRT: one .tflite file with a signature per program, all sharing one set of weights.
+
+int8 is mixed: static for the convolutions of the trunk and BiFPN (the fast path of phones), dynamic for fully connected
+layers and the word table (static would leave the table in float), and float for objectness, box deltas and class
+scores. `image` is uint8 and stays so: the graph casts, scales and normalises.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+from edgevlm.artifacts import ExportedModel
+from targets.base import TARGETS
+from targets.program import ENCODE
+from targets.source import Source, files_under, folder_mb, named_module
+
+SCHEMES = {
+    "fp32": "float32 weights and arithmetic",
+    "int8": "static int8 convolutions; dynamic int8 fully connected layers and word table; boxes and scores float32",
+}
+FILE = "model.tflite"
+KEEP_FLOAT = (r".*RPNHead_rpn.*", r".*BoxHead_box_head/.*Linear_(classes|deltas).*")
+"""Scopes (module paths, as the converter writes them into tensor names) whose eight bits would make ties."""
+
+
+def export(source: Source, precision: str, out_dir: Path) -> ExportedModel:
+    """Write `model.tflite`.
+
+    Raises:
+        TargetError: int8 without calibration samples.
+    """
+    start = time.perf_counter()
+    content = source.once("tflite", lambda: _convert(source))
+    if precision == "int8":
+        content = _quantise(content, source)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / FILE).write_bytes(content)
+    return ExportedModel(
+        target="tflite",
+        precision=precision,
+        scheme=SCHEMES[precision],
+        programs={program.name: FILE for program in source.programs},
+        files=files_under(out_dir),
+        size_mb=folder_mb(out_dir),
+        tools=TARGETS["tflite"].versions(),
+        seconds=round(time.perf_counter() - start, 2),
+    )
+
+
+def _convert(source: Source) -> bytes:
+    import litert_torch
+
+    # `signature` starts a converter; the further ones are added to it. Names of inputs come from keyword arguments,
+    # names of outputs from the dictionary that the module returns.
+    first, *rest = source.programs
+    converter = litert_torch.signature(first.name, named_module(first), sample_kwargs=first.inputs)
+    for program in rest:
+        converter.signature(program.name, named_module(program), sample_kwargs=program.inputs)
+    model = converter.convert()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / FILE
+        model.export(str(path))
+        return path.read_bytes()
+
+
+def _quantise(content: bytes, source: Source) -> bytes:
+    from ai_edge_quantizer import qtyping, quantizer
+    from ai_edge_quantizer.algorithm_manager import AlgorithmName
+
+    op = qtyping.TFLOperationName
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / FILE
+        path.write_bytes(content)
+        work = quantizer.Quantizer(str(path))
+        for kind in (op.FULLY_CONNECTED, op.EMBEDDING_LOOKUP):
+            work.add_dynamic_config(".*", kind, num_bits=8)
+        for kind in (op.CONV_2D, op.DEPTHWISE_CONV_2D):
+            work.add_static_config(".*", kind, activation_num_bits=8, weight_num_bits=8)
+        for kind in (op.INPUT, op.OUTPUT):
+            work.update_quantization_recipe(".*", kind, algorithm_key=AlgorithmName.NO_QUANTIZE)
+        for scope in KEEP_FLOAT:  # the last matching rule wins
+            for kind in (op.CONV_2D, op.FULLY_CONNECTED):
+                work.update_quantization_recipe(scope, kind, algorithm_key=AlgorithmName.NO_QUANTIZE)
+        ranges = work.calibrate({ENCODE: source.calibration_inputs(source.encode, "tflite")})
+        return bytes(work.quantize(ranges).quantized_model)
