@@ -49,9 +49,10 @@ def run(
     from edgevlm.pipeline import run as run_stages
     from edgevlm.progress import ConsoleReporter
     from edgevlm.recipe import load_recipe
-    from edgevlm.stages import STAGES, show_scorecard
+    from edgevlm.stages import STAGES, check, show_scorecard
 
     loaded = load_recipe(recipe, overrides)
+    check(loaded, data)
     folder = out or Path("runs") / loaded.name
     folders = run_stages(STAGES, loaded, folder, data_path=data, until=until, reporter=ConsoleReporter())
     if "scorecard" in folders:

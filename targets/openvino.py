@@ -87,6 +87,8 @@ def write_shared(models: dict[str, "openvino.Model"], folder: Path) -> None:
                     places[key] = file.tell()
                     file.write(content)
                 data.set("offset", str(places[key]))
+            for element in tree.iter():  # indentation is a third of the file
+                element.text, element.tail = (element.text or "").strip() or None, None
             tree.write(folder / f"{name}.xml", encoding="utf-8", xml_declaration=True)
 
 

@@ -3,7 +3,7 @@
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -58,6 +58,10 @@ class Questions:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def first(self, number: int) -> "Questions":
+        """The first `number` questions."""
+        return Questions(*(getattr(self, column.name)[:number] for column in fields(self)))
 
 
 @runtime_checkable

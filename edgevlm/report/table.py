@@ -170,9 +170,10 @@ def reproduce(scorecard: Scorecard) -> list[tuple[str, str]]:
     """(what, command) pairs that make the numbers again."""
     run, threads = f"runs/{scorecard.name}", scorecard.device.threads
     checkpoint = f"--checkpoint {run}/trim"
+    data = "" if scorecard.provenance.dataset in {"", "scenes"} else " --data FOLDER"  # scenes are drawn
     return [
-        ("Everything, from the data to this page", f"edgevlm run {scorecard.name} --out {run}"),
-        ("Evidence, verdict, differences, agreement, accuracy", f"edgevlm verify {run}/export {checkpoint}"),
+        ("Everything, from the data to this page", f"edgevlm run {scorecard.name} --out {run}{data}"),
+        ("Evidence, verdict, differences, agreement, accuracy", f"edgevlm verify {run}/export {checkpoint}{data}"),
         ("Load, first, p50, p90, peak memory", f"edgevlm bench {run}/export {checkpoint} --threads {threads}"),
         (
             "One row by hand: name its target, precision and rung",

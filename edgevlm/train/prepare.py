@@ -6,7 +6,7 @@ from edgevlm.data.text import make_spec, train_vocabulary, write_vocabulary
 from edgevlm.job import Job
 from edgevlm.models.vlm import VOCABULARY
 
-MAX_SAMPLES = 4000
+MAX_SAMPLES = 1000
 """Enough texts for a vocabulary; drawing more changes nothing."""
 
 

@@ -72,6 +72,9 @@ def test_attention_matches_pytorch() -> None:
     mask = torch.zeros(2, 1, 1, 9)
     mask[:, :, :, 7:] = -1e4
     ours, _ = layer(x, mask, None, None)
-    q, k, v = (f(x).unflatten(-1, (layer.num_heads, layer.head_dim)).transpose(1, 2) for f in (layer.query, layer.key, layer.value))
+    q, k, v = (
+        f(x).unflatten(-1, (layer.num_heads, layer.head_dim)).transpose(1, 2)
+        for f in (layer.query, layer.key, layer.value)
+    )
     theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     torch.testing.assert_close(ours, layer.output(theirs.transpose(1, 2).flatten(2)), atol=TOLERANCE, rtol=0)

@@ -16,7 +16,9 @@ from edgevlm.pipeline import Stage, data_fingerprint, run, stage_keys
 from edgevlm.recipe import load_recipe
 
 
-def tracing_stage(name: str, inputs: tuple[str, ...], sections: tuple[str, ...], log: Path, seconds: float = 0.0) -> Stage:
+def tracing_stage(
+    name: str, inputs: tuple[str, ...], sections: tuple[str, ...], log: Path, seconds: float = 0.0
+) -> Stage:
     def work(job: Job) -> Artifact:
         with log.open("a") as file:
             file.write(f"{name}\n")
@@ -25,7 +27,9 @@ def tracing_stage(name: str, inputs: tuple[str, ...], sections: tuple[str, ...],
         (job.out_dir / "whole.txt").write_text(name)
         return write_manifest(
             job.out_dir,
-            RegionCache(kind="regions", provenance=job.provenance, preprocess_hash="", extractor_hash="", num_images={}),
+            RegionCache(
+                kind="regions", provenance=job.provenance, preprocess_hash="", extractor_hash="", num_images={}
+            ),
         )
 
     return Stage(name, work, inputs, sections)

@@ -1,0 +1,278 @@
+"""The stages of the flow, in order, and the same steps for a checkpoint or bundle that a user brings alone.
+
+Each function fits one step of the packages below to `stage(job) -> artifact`; what a step does is decided there.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from edgevlm import __version__
+from edgevlm.artifacts import (
+    Artifact,
+    Bundle,
+    CalibrationSet,
+    Checkpoint,
+    DeviceReport,
+    Gate,
+    ParityReport,
+    Provenance,
+    Scorecard,
+    digest,
+    read_manifest,
+    whole_folder,
+    write_manifest,
+)
+from edgevlm.bench.local import bench_bundle
+from edgevlm.compress.distil import distil
+from edgevlm.compress.prune import prune
+from edgevlm.compress.trim import check_rungs, trim
+from edgevlm.data import open_reader
+from edgevlm.data.frames import Frames, Questions, make_questions
+from edgevlm.data.text import Tokenizer
+from edgevlm.errors import BundleError, GateFailed
+from edgevlm.job import Job
+from edgevlm.models.backbone import create_trunk
+from edgevlm.models.registry import resolve_fusion, resolve_tee
+from edgevlm.models.vlm import VOCABULARY
+from edgevlm.pipeline import Stage
+from edgevlm.progress import Reporter
+from edgevlm.recipe import BenchSection, Recipe, parse_recipe
+from edgevlm.report import write_scorecard
+from edgevlm.report.scorecard import join
+from edgevlm.report.terminal import print_scorecard
+from edgevlm.train.answering import train_teacher
+from edgevlm.train.detector import load_frames, train_detector
+from edgevlm.train.prepare import prepare
+from edgevlm.train.regions import cache_regions
+from targets.base import check_target, load_exporter
+
+CALIBRATION_POOL = 500
+"""Training images from which the calibration set is chosen."""
+TRAINED = ("teacher", "distil", "prune", "trim")
+
+
+def _questions(job: Job, checkpoint: Path, split: str, num_images: int) -> tuple[Frames, Questions, Checkpoint]:
+    manifest = read_manifest(checkpoint, Checkpoint)
+    frames = load_frames(job, split, num_images)
+    tokenizer = Tokenizer(checkpoint / VOCABULARY, manifest.tokenizer)
+    return frames, make_questions(frames, tokenizer, manifest.labels), manifest
+
+
+def calibrate(job: Job) -> CalibrationSet:
+    """Choose and freeze training samples for the quantisers."""
+    from calibration.choose import choose, freeze
+
+    section, data = job.recipe.calibration, job.recipe.data
+    pool = min(CALIBRATION_POOL, data.num_train or CALIBRATION_POOL)
+    frames, questions, manifest = _questions(job, job.inputs["trim"], "train", pool)
+    chosen = choose(frames, questions, manifest.labels, num=section.num_samples, seed=job.recipe.seed)
+    return freeze(
+        frames,
+        questions,
+        chosen,
+        manifest.labels,
+        section,
+        manifest.preprocess,
+        manifest.tokenizer,
+        data.dataset,
+        job.out_dir,
+        job.provenance,
+    )
+
+
+def export(job: Job) -> Bundle:
+    """Export the trimmed model to every target of the recipe."""
+    from targets.bundle import export_bundle
+
+    section = job.recipe.export
+    return export_bundle(
+        job.inputs["trim"],
+        job.inputs["calibrate"],
+        job.out_dir,
+        targets=section.targets,
+        precisions=section.precisions,
+        num_golden=section.num_golden,
+        provenance=job.provenance,
+        reporter=job.reporter,
+    )
+
+
+def verify(job: Job) -> ParityReport:
+    """Let every exported file answer validation questions beside PyTorch."""
+    from targets.parity import verify_bundle
+
+    section, data = job.recipe.verify, job.recipe.data
+    images = -(-section.num_samples // _texts_per_image(job.recipe))
+    frames, questions, _ = _questions(job, job.inputs["trim"], "val", min(images, data.num_val or images))
+    questions = questions.first(section.num_samples)
+    report = verify_bundle(
+        job.inputs["export"], job.inputs["trim"], questions, frames.pixels, section, job.provenance, job.reporter
+    )
+    return write_manifest(job.out_dir, report)  # pyright: ignore[reportReturnType]
+
+
+def _texts_per_image(recipe: Recipe) -> int:
+    return recipe.data.texts_per_image if recipe.data.dataset == "scenes" else 1
+
+
+def bench(job: Job) -> DeviceReport:
+    """Measure every exported file on this machine."""
+    section = job.recipe.bench
+    report = bench_bundle(
+        job.inputs["export"], section, job.provenance, job.reporter, checkpoint_dir=job.inputs["trim"], raw_dir=job.out_dir
+    )
+    return write_manifest(job.out_dir, report)  # pyright: ignore[reportReturnType]
+
+
+def score(job: Job) -> Scorecard:
+    """Join accuracy, parity, latency and size, and check the promises of the run."""
+    bundle = read_manifest(job.inputs["export"], Bundle, check_files=False)
+    parity = read_manifest(job.inputs["verify"], ParityReport)
+    latency = read_manifest(job.inputs["bench"], DeviceReport)
+    checkpoints = {name: read_manifest(job.inputs[name], Checkpoint, check_files=False) for name in TRAINED}
+    training = {name: checkpoint.metrics["accuracy_test"] for name, checkpoint in checkpoints.items()}
+    detector = read_manifest(job.inputs["detector"], Checkpoint, check_files=False)
+    stages = {"detector": detector, **checkpoints, "export": bundle, "verify": parity, "bench": latency}
+    seconds = {name: artifact.provenance.seconds for name, artifact in stages.items()}
+    gates = run_gates(job.recipe, checkpoints)
+    scorecard = join(parity, latency, bundle, training, seconds, gates, job.provenance)
+    write_scorecard(scorecard, job.out_dir)
+    return write_manifest(job.out_dir, scorecard)  # pyright: ignore[reportReturnType]
+
+
+def run_gates(recipe: Recipe, checkpoints: dict[str, Checkpoint]) -> tuple[Gate, ...]:
+    """The recipe's promises about the trained models; those about exported files are parity verdicts."""
+    limits, gates = recipe.gates, []
+    teacher, student = (checkpoints[name].metrics for name in ("teacher", "distil"))
+    if limits.min_points_above_majority is not None:
+        points = 100 * (student["accuracy_test"] - student["majority_test"])
+        limit = limits.min_points_above_majority
+        gates.append(Gate(name="student above the majority answer", value=points, limit=limit, passed=points >= limit, unit="points"))
+    if limits.min_student_retention is not None:
+        share = student["accuracy_test"] / teacher["accuracy_test"]
+        limit = limits.min_student_retention
+        gates.append(Gate(name="student / teacher accuracy", value=share, limit=limit, passed=share >= limit))
+    return tuple(gates)
+
+
+def check(recipe: Recipe, data_path: str | None) -> None:
+    """Find a recipe's mistakes before anything runs: networks, ladder, targets and their libraries, dataset.
+
+    Raises:
+        RecipeError, TargetError, DataError: the first mistake.
+    """
+    tee = resolve_tee(recipe.tee)
+    create_trunk(tee.trunk, tee.first_level, tee.num_levels)
+    resolve_fusion(recipe.teacher.fusion)
+    check_rungs(recipe.trim, len(resolve_fusion(recipe.distil.fusion).layer_heads), tee.num_regions)
+    for target in recipe.export.targets:
+        load_exporter(target)
+        for precision in recipe.export.precisions:
+            check_target(target, precision)
+    open_reader(recipe.data, recipe.task, recipe.seed, data_path)
+
+
+_MODEL = ("prepare", "regions")
+STAGES: tuple[Stage, ...] = (
+    Stage("prepare", prepare, (), ("data", "task", "preprocess", "text")),
+    Stage("detector", train_detector, ("prepare",), ("data", "task", "preprocess", "tee", "detector")),
+    Stage("regions", cache_regions, ("detector",), ("data", "task", "preprocess")),
+    Stage("teacher", train_teacher, ("detector", *_MODEL), ("task", "teacher", "referred_weight")),
+    Stage("distil", distil, ("detector", "teacher", *_MODEL), ("task", "distil", "referred_weight")),
+    Stage("prune", prune, ("teacher", "distil", *_MODEL), ("prune", "referred_weight")),
+    Stage("trim", trim, ("prune", *_MODEL), ("trim", "referred_weight")),
+    Stage("calibrate", calibrate, ("trim",), ("data", "calibration")),
+    Stage("export", export, ("trim", "calibrate"), ("name", "export")),
+    Stage("verify", verify, ("trim", "export"), ("data", "verify")),
+    Stage("bench", bench, ("trim", "export"), ("bench",)),
+    Stage("scorecard", score, ("detector", *TRAINED, "export", "verify", "bench"), ("gates",)),
+)
+"""The flow: each stage reads only artifacts of stages above it."""
+
+
+def show_scorecard(folder: Path, bundle: Path, console: Console) -> None:
+    """Print the scorecard and what to type next.
+
+    Raises:
+        GateFailed: a row failed parity, or a promise of the recipe is broken.
+    """
+    scorecard = read_manifest(folder, Scorecard)
+    print_scorecard(scorecard, console)
+    console.print(f"Page: {folder / 'scorecard.html'}")
+    console.print(f'Next: edgevlm ask {bundle} PICTURE "what colour is the large star?" --draw looked.png')
+    failed = [f"{r.parity.target} {r.parity.precision} {r.parity.rung}" for r in scorecard.rows if r.parity.verdict == "failed"]
+    failed += [gate.name for gate in scorecard.gates if not gate.passed]
+    if failed:
+        raise GateFailed(f"{len(failed)} gates failed: {', '.join(failed)}", f"Read the reasons in {folder / 'SCORECARD.md'}")
+
+
+# --- the same steps for artifacts a user brings -------------------------------------------------------------------
+
+
+def _provenance(stage: str, parents: dict[str, Artifact], recipe: dict | None = None) -> Provenance:
+    keys = {name: artifact.provenance.key for name, artifact in parents.items()}
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    key = digest({"stage": stage, "parents": keys, "created": created})
+    return Provenance(stage=stage, key=key, parents=keys, recipe=recipe or {}, edgevlm=__version__, created=created)
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    calibration: Path | None,
+    targets: Sequence[str] | None,
+    precisions: Sequence[str] | None,
+    overwrite: bool,
+    reporter: Reporter,
+) -> Bundle:
+    """`edgevlm export`: a bundle from any checkpoint, written whole or not at all."""
+    from targets.bundle import export_bundle
+
+    manifest = read_manifest(checkpoint, Checkpoint)
+    recipe = parse_recipe(manifest.provenance.recipe, f"inside {checkpoint}")
+    with whole_folder(out, overwrite=overwrite) as partial:
+        return export_bundle(
+            checkpoint,
+            calibration,
+            partial,
+            targets=tuple(targets or recipe.export.targets),
+            precisions=tuple(precisions or recipe.export.precisions),
+            num_golden=recipe.export.num_golden,
+            provenance=_provenance("export", {"checkpoint": manifest}, manifest.provenance.recipe),
+            reporter=reporter,
+        )
+
+
+def verify_folder(
+    bundle: Path, checkpoint: Path, out: Path, data: str | None, overwrite: bool, reporter: Reporter
+) -> ParityReport:
+    """`edgevlm verify`: parity of a bundle against the checkpoint it came from.
+
+    Raises:
+        BundleError: the bundle came from another checkpoint.
+    """
+    source = read_manifest(checkpoint, Checkpoint)
+    manifest = read_manifest(bundle, Bundle)
+    if source.provenance.key not in manifest.provenance.parents.values():
+        raise BundleError(f"{bundle} was not exported from {checkpoint}", "Give the checkpoint named in its manifest")
+    recipe = parse_recipe(source.provenance.recipe, f"inside {checkpoint}")
+    provenance = _provenance("verify", {"export": manifest, "checkpoint": source})
+    with whole_folder(out, overwrite=overwrite) as partial:
+        inputs = {"export": bundle, "trim": checkpoint}
+        return verify(Job(recipe, inputs, partial, provenance, data, reporter))
+
+
+def bench_folder(
+    bundle: Path, checkpoint: Path | None, out: Path, threads: int, runs: int, overwrite: bool, reporter: Reporter
+) -> DeviceReport:
+    """`edgevlm bench`: latency of a bundle on this machine."""
+    manifest = read_manifest(bundle, Bundle)
+    settings = BenchSection(threads=threads, runs=runs)  # pyright: ignore[reportCallIssue]
+    with whole_folder(out, overwrite=overwrite) as partial:
+        report = bench_bundle(
+            bundle, settings, _provenance("bench", {"export": manifest}), reporter, checkpoint_dir=checkpoint, raw_dir=partial
+        )
+        return write_manifest(partial, report)  # pyright: ignore[reportReturnType]
