@@ -100,7 +100,13 @@ def draw(image: Path, reply: Reply, out: Path) -> None:
         width = 1 + round(6 * region.weight)
         pen.rectangle(corners, outline="white", width=width + 2)
         pen.rectangle(corners, outline="#d6006c", width=width)
-        pen.text((corners[0] + 4, corners[1] + 4), f"{region.weight:.0%}", fill="#d6006c", stroke_width=2, stroke_fill="white")
+        pen.text(
+            (corners[0] + 4, corners[1] + 4),
+            f"{region.weight:.0%}",
+            fill="#d6006c",
+            stroke_width=2,
+            stroke_fill="white",
+        )
     pen.text((6, picture.height + 6), f"{reply.answer}  ({reply.probability:.0%})", fill="black")
     temporary = out.with_name(f".{out.name}.writing")
     canvas.save(temporary, format="PNG")

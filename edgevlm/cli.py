@@ -30,7 +30,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 
 
 @app.callback()
-def _global(verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks and library chatter.")] = False) -> None:
+def _global(
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks and library chatter.")] = False,
+) -> None:
     from edgevlm.quiet import hush
 
     if not verbose:
@@ -83,7 +85,7 @@ def export(
     from edgevlm.stages import export_checkpoint
 
     export_checkpoint(checkpoint, out, calibration, target, precision, overwrite, ConsoleReporter())
-    console.print(f'Next: edgevlm verify {out} --checkpoint {checkpoint}')
+    console.print(f"Next: edgevlm verify {out} --checkpoint {checkpoint}")
 
 
 @app.command()

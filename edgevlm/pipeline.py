@@ -67,7 +67,9 @@ def data_fingerprint(path: str | None) -> str:
         return ""
     folder = Path(path)
     if not folder.is_dir():
-        raise DataError(f"No data folder {folder}", "Give the dataset's folder with --data (docs/data.md says where to get it)")
+        raise DataError(
+            f"No data folder {folder}", "Give the dataset's folder with --data (docs/data.md says where to get it)"
+        )
     files = sorted((f.relative_to(folder).as_posix(), f.stat().st_size) for f in folder.rglob("*") if f.is_file())
     return digest(files)
 
@@ -188,7 +190,9 @@ def locked(out_dir: Path, recipe: Recipe) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as problem:
-            raise OutputInUse(f"Another run is writing to {out_dir}", "Wait for it, or choose another --out") from problem
+            raise OutputInUse(
+                f"Another run is writing to {out_dir}", "Wait for it, or choose another --out"
+            ) from problem
         file.truncate(0)
         file.write(json.dumps({"recipe": recipe.name, "edgevlm": __version__}) + "\n")
         file.flush()

@@ -8,7 +8,11 @@ import warnings
 def hush() -> None:
     """Silence library warnings and info logs of this process and its children."""
     warnings.filterwarnings("ignore")
-    for name, value in {"TF_CPP_MIN_LOG_LEVEL": "3", "TOKENIZERS_PARALLELISM": "false", "GLOG_minloglevel": "2"}.items():
+    for name, value in {
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TOKENIZERS_PARALLELISM": "false",
+        "GLOG_minloglevel": "2",
+    }.items():
         os.environ.setdefault(name, value)
     for name in ("timm", "torch", "onnxscript", "onnx_ir", "coremltools", "nncf", "jax", "datasets", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)

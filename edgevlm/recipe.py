@@ -203,11 +203,15 @@ def _read(name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
         text = path.read_text()
     else:
         hint = nearest(name, shipped_recipes())
-        raise RecipeError(f"No recipe '{name}'", f"{hint} Shipped: {', '.join(shipped_recipes())}; or give a .yaml file")
+        raise RecipeError(
+            f"No recipe '{name}'", f"{hint} Shipped: {', '.join(shipped_recipes())}; or give a .yaml file"
+        )
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as problem:
-        raise RecipeError(f"{name} is not valid YAML ({' '.join(str(problem).split())})", "Mend the line named") from problem
+        raise RecipeError(
+            f"{name} is not valid YAML ({' '.join(str(problem).split())})", "Mend the line named"
+        ) from problem
     if not isinstance(values, dict):
         raise RecipeError(f"{name} does not hold a mapping of keys to values", "See docs/recipes.md")
     if base := values.pop("base", None):
@@ -248,5 +252,7 @@ def _explain(problem: ValidationError, source: str) -> RecipeError:
         known = ", ".join(section.model_fields)
         return RecipeError(f"Unknown key '{where}' in recipe {source}", f"{hint} Known keys here: {known}".strip())
     if error["type"] == "missing":
-        return RecipeError(f"Recipe {source} lacks '{where}'", "Add the key, or start from a shipped recipe with `base:`")
+        return RecipeError(
+            f"Recipe {source} lacks '{where}'", "Add the key, or start from a shipped recipe with `base:`"
+        )
     return RecipeError(f"Recipe {source}: '{where}' {error['msg'].lower()} (got {error['input']!r})", "Mend the value")

@@ -51,6 +51,8 @@ from targets.base import check_target, load_exporter
 
 CALIBRATION_POOL = 500
 """Training images from which the calibration set is chosen."""
+VERIFIED_IMAGES = 400
+"""Validation images at most that exported files are verified on; their questions are spread evenly over them."""
 TRAINED = ("teacher", "distil", "prune", "trim")
 
 
@@ -105,24 +107,26 @@ def verify(job: Job) -> ParityReport:
     from targets.parity import verify_bundle
 
     section, data = job.recipe.verify, job.recipe.data
-    images = -(-section.num_samples // _texts_per_image(job.recipe))
-    frames, questions, _ = _questions(job, job.inputs["trim"], "val", min(images, data.num_val or images))
-    questions = questions.first(section.num_samples)
+    frames, questions, _ = _questions(
+        job, job.inputs["trim"], "val", min(VERIFIED_IMAGES, data.num_val or VERIFIED_IMAGES)
+    )
+    questions = questions.spread(section.num_samples)
     report = verify_bundle(
         job.inputs["export"], job.inputs["trim"], questions, frames.pixels, section, job.provenance, job.reporter
     )
     return write_manifest(job.out_dir, report)  # pyright: ignore[reportReturnType]
 
 
-def _texts_per_image(recipe: Recipe) -> int:
-    return recipe.data.texts_per_image if recipe.data.dataset == "scenes" else 1
-
-
 def bench(job: Job) -> DeviceReport:
     """Measure every exported file on this machine."""
     section = job.recipe.bench
     report = bench_bundle(
-        job.inputs["export"], section, job.provenance, job.reporter, checkpoint_dir=job.inputs["trim"], raw_dir=job.out_dir
+        job.inputs["export"],
+        section,
+        job.provenance,
+        job.reporter,
+        checkpoint_dir=job.inputs["trim"],
+        raw_dir=job.out_dir,
     )
     return write_manifest(job.out_dir, report)  # pyright: ignore[reportReturnType]
 
@@ -150,7 +154,15 @@ def run_gates(recipe: Recipe, checkpoints: dict[str, Checkpoint]) -> tuple[Gate,
     if limits.min_points_above_majority is not None:
         points = 100 * (student["accuracy_test"] - student["majority_test"])
         limit = limits.min_points_above_majority
-        gates.append(Gate(name="student above the majority answer", value=points, limit=limit, passed=points >= limit, unit="points"))
+        gates.append(
+            Gate(
+                name="student above the majority answer",
+                value=points,
+                limit=limit,
+                passed=points >= limit,
+                unit="points",
+            )
+        )
     if limits.min_student_retention is not None:
         share = student["accuracy_test"] / teacher["accuracy_test"]
         limit = limits.min_student_retention
@@ -203,10 +215,16 @@ def show_scorecard(folder: Path, bundle: Path, console: Console) -> None:
     print_scorecard(scorecard, console)
     console.print(f"Page: {folder / 'scorecard.html'}")
     console.print(f'Next: edgevlm ask {bundle} PICTURE "what colour is the large star?" --draw looked.png')
-    failed = [f"{r.parity.target} {r.parity.precision} {r.parity.rung}" for r in scorecard.rows if r.parity.verdict == "failed"]
+    failed = [
+        f"{r.parity.target} {r.parity.precision} {r.parity.rung}"
+        for r in scorecard.rows
+        if r.parity.verdict == "failed"
+    ]
     failed += [gate.name for gate in scorecard.gates if not gate.passed]
     if failed:
-        raise GateFailed(f"{len(failed)} gates failed: {', '.join(failed)}", f"Read the reasons in {folder / 'SCORECARD.md'}")
+        raise GateFailed(
+            f"{len(failed)} gates failed: {', '.join(failed)}", f"Read the reasons in {folder / 'SCORECARD.md'}"
+        )
 
 
 # --- the same steps for artifacts a user brings -------------------------------------------------------------------
@@ -273,6 +291,11 @@ def bench_folder(
     settings = BenchSection(threads=threads, runs=runs)  # pyright: ignore[reportCallIssue]
     with whole_folder(out, overwrite=overwrite) as partial:
         report = bench_bundle(
-            bundle, settings, _provenance("bench", {"export": manifest}), reporter, checkpoint_dir=checkpoint, raw_dir=partial
+            bundle,
+            settings,
+            _provenance("bench", {"export": manifest}),
+            reporter,
+            checkpoint_dir=checkpoint,
+            raw_dir=partial,
         )
         return write_manifest(partial, report)  # pyright: ignore[reportReturnType]

@@ -132,4 +132,6 @@ def open_model(model: ExportedModel, folder: Path, *, threads: int = 1) -> Sessi
         return runtime.open_session(model.target, folder, model.programs, threads=threads)
     except Exception as problem:  # each runtime has exceptions of its own
         reason = " ".join(str(problem).split())[:300] or type(problem).__name__
-        raise TargetError(f"{model.target} {model.precision} could not be loaded ({reason})", "Export it again") from problem
+        raise TargetError(
+            f"{model.target} {model.precision} could not be loaded ({reason})", "Export it again"
+        ) from problem

@@ -61,7 +61,9 @@ def write_golden(source: Source, tokenizer: Tokenizer, folder: Path, num: int) -
     for number, index in enumerate(chosen):
         name = f"case{number}.png"
         Image.fromarray(images[index]).save(out / name)
-        answers = {rung: source.manifest.labels.answers[int(values[index].argmax())] for rung, values in by_rung.items()}
+        answers = {
+            rung: source.manifest.labels.answers[int(values[index].argmax())] for rung, values in by_rung.items()
+        }
         margins = {rung: round(float(_margins(values[index : index + 1])[0]), 4) for rung, values in by_rung.items()}
         case = {"id": f"case{number}", "image": f"{FOLDER}/{name}", "question": texts[index]}
         cases.append({**case, "input_ids": input_ids[index].tolist(), "answers": answers, "margins": margins})
@@ -115,7 +117,9 @@ def read_golden(folder: Path) -> tuple[Arrays, dict[str, Any]]:
             arrays = dict(archive)
         return arrays, json.loads((folder / FOLDER / "golden.json").read_text())
     except (OSError, ValueError) as problem:
-        raise BundleError(f"The golden cases of {folder} cannot be read ({problem})", "Export the bundle again") from problem
+        raise BundleError(
+            f"The golden cases of {folder} cannot be read ({problem})", "Export the bundle again"
+        ) from problem
 
 
 def check_golden(session: Session, folder: Path, labels: Labels, precision: str) -> list[str]:

@@ -120,13 +120,26 @@ def _dynamic_int8(model: "ModelProto") -> "ModelProto":
     del model.graph.value_info[:]  # quantize_dynamic finds its own shapes in conflict with the exporter's
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        quantize_dynamic(model, path, op_types_to_quantize=DYNAMIC_TYPES, per_channel=True, reduce_range=True, weight_type=QuantType.QInt8)
+        quantize_dynamic(
+            model,
+            path,
+            op_types_to_quantize=DYNAMIC_TYPES,
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+        )
         return onnx.load(path)
 
 
 def _static_int8(model: "ModelProto", source: Source, program: Program) -> "ModelProto":
     import onnx
-    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
 
     class Reader(CalibrationDataReader):
         def __init__(self, rows: list[Arrays]) -> None:

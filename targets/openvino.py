@@ -136,16 +136,16 @@ def _no_overflow() -> "nncf.AdvancedQuantizationParameters":
     return nncf.AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE)
 
 
-def _quantise_answers(
-    source: Source, models: dict[str, "openvino.Model"]
-) -> tuple[dict[str, "openvino.Model"], str]:
+def _quantise_answers(source: Source, models: dict[str, "openvino.Model"]) -> tuple[dict[str, "openvino.Model"], str]:
     import nncf
 
     static = {}
     for program in source.answers:
         rows = source.calibration_inputs(program, "openvino")
         # The trimmer ranks tokens: its scores stay float like all others.
-        ignored = nncf.IgnoredScope(patterns=[".*trimmer.*"], types=["TopK", "Gather", "GatherElements"], validate=False)
+        ignored = nncf.IgnoredScope(
+            patterns=[".*trimmer.*"], types=["TopK", "Gather", "GatherElements"], validate=False
+        )
         static[program.name] = nncf.quantize(
             models[program.name].clone(),
             nncf.Dataset(rows),
@@ -205,12 +205,17 @@ def _outside_dense(model: "openvino.Model", source: Source) -> list[str]:
     wide = [state[name].detach().numpy() for name in BOX_HEAD]
     inside = before & after
     for node in nodes:
-        if node.get_type_name() == "MatMul" and (constant := node.input_value(1).get_node()).get_type_name() == "Constant":
+        if (
+            node.get_type_name() == "MatMul"
+            and (constant := node.input_value(1).get_node()).get_type_name() == "Constant"
+        ):
             matrix = constant.get_data()
             if any(matrix.shape == w.T.shape and np.array_equal(matrix, w.T) for w in wide):
                 inside.add(node.get_friendly_name())
     return [
-        name for node in nodes if (name := node.get_friendly_name()) not in inside and node.get_type_name() != "Constant"
+        name
+        for node in nodes
+        if (name := node.get_friendly_name()) not in inside and node.get_type_name() != "Constant"
     ]
 
 

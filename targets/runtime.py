@@ -149,7 +149,9 @@ class _OpenVINOSession:
         self._programs = {}
         for name, path in files.items():
             weights = path.with_name(SHARED_WEIGHTS)
-            model = core.read_model(path, weights) if weights.is_file() and path.suffix == ".xml" else core.read_model(path)
+            model = (
+                core.read_model(path, weights) if weights.is_file() and path.suffix == ".xml" else core.read_model(path)
+            )
             self._programs[name] = core.compile_model(model, "CPU", settings).create_infer_request()
         self._inputs = {name: {i.any_name for i in p.model_inputs} for name, p in self._programs.items()}
 

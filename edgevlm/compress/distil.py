@@ -50,19 +50,25 @@ class Distiller(nn.Module):
             hidden = F.mse_loss(projection(student.hidden_BTD[i + 1]), teacher.hidden_BTD[j + 1])
             # Head counts differ, so the maps are compared as means over heads.
             maps = student.attention_BHTT[i].mean(1), teacher.attention_BHTT[j].mean(1)
-            loss = loss + (self.hidden_weight * hidden + self.attention_weight * num_keys * F.mse_loss(*maps)) / len(self.pairs)
+            loss = loss + (self.hidden_weight * hidden + self.attention_weight * num_keys * F.mse_loss(*maps)) / len(
+                self.pairs
+            )
         return loss
 
 
 def logit_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """KL(teacher || student) per sample, temperature 1."""
-    return F.kl_div(student_logits.log_softmax(1), teacher_logits.log_softmax(1), reduction="batchmean", log_target=True)
+    return F.kl_div(
+        student_logits.log_softmax(1), teacher_logits.log_softmax(1), reduction="batchmean", log_target=True
+    )
 
 
 class DistilObjective(nn.Module):
     """Task loss + distillation (+ referred regions); `gates` multiply the student while it is pruned."""
 
-    def __init__(self, student: VLM, teacher: VLM, section: DistilSection | PruneSection, referred_weight: float) -> None:
+    def __init__(
+        self, student: VLM, teacher: VLM, section: DistilSection | PruneSection, referred_weight: float
+    ) -> None:
         super().__init__()
         self.student = student
         self.distiller = Distiller(student, teacher, section.hidden_weight, section.attention_weight)
@@ -89,7 +95,9 @@ class DistilObjective(nn.Module):
         imitation = self.distiller(answer.logits_BA, answer.fusion, target.logits_BA, target.fusion)
         loss = (1 - self.kd_weight) * task.loss(answer.logits_BA, answers) + self.kd_weight * imitation
         if self.referred_weight:
-            loss = loss + self.referred_weight * referred_loss(self.student, answer.fusion, scores, referred, has_referred)
+            loss = loss + self.referred_weight * referred_loss(
+                self.student, answer.fusion, scores, referred, has_referred
+            )
         accuracy = (answer.logits_BA.argmax(1) == answers).float().mean()
         return loss, {"accuracy": accuracy, "kd": imitation.detach()}
 

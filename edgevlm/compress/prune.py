@@ -28,8 +28,8 @@ def target_sparsity(step: int, steps: int, ramp: float, final: float) -> float:
 def expected_sparsity(gates: FusionGates, config: FusionConfig) -> Tensor:
     """1 - E[kept prunable parameters] / prunable parameters; differentiable in the gates."""
     head, neuron = head_parameters(config.hidden, config.head_dim), neuron_parameters(config.hidden)
-    kept = sum(gate.keep_probability().sum() * head for gate in gates.heads)  # pyright: ignore
-    kept = kept + sum(gate.keep_probability().sum() * neuron for gate in gates.neurons)  # pyright: ignore
+    counts = [(gate, head) for gate in gates.heads] + [(gate, neuron) for gate in gates.neurons]
+    kept = torch.stack([gate.keep_probability().sum() * size for gate, size in counts]).sum()  # pyright: ignore
     return 1.0 - kept / prunable_parameters(config)
 
 
@@ -106,7 +106,5 @@ def prune(job: Job) -> Checkpoint:
         )
     metrics = evaluate(student, job) | {"sparsity": achieved}
     report(job, "pruned", metrics)
-    manifest = manifest.model_copy(
-        update={"provenance": job.provenance, "model": student.config, "metrics": metrics}
-    )
+    manifest = manifest.model_copy(update={"provenance": job.provenance, "model": student.config, "metrics": metrics})
     return save_checkpoint(job.out_dir, student.cpu(), job.inputs["prepare"] / vlm.VOCABULARY, manifest)

@@ -92,7 +92,8 @@ def fusion_parameters(fusion: Fusion) -> int:
     """Parameters of heads and neurons, counted on the module itself."""
     total = 0
     for layer in fusion.layers:
-        for linear in (layer.attention.query, layer.attention.key, layer.attention.value, layer.ffn_in):  # pyright: ignore
+        assert isinstance(layer, Layer)
+        for linear in (layer.attention.query, layer.attention.key, layer.attention.value, layer.ffn_in):
             total += linear.weight.numel() + linear.bias.numel()
-        total += layer.attention.output.weight.numel() + layer.ffn_out.weight.numel()  # pyright: ignore
+        total += layer.attention.output.weight.numel() + layer.ffn_out.weight.numel()
     return total

@@ -114,7 +114,9 @@ def trim(job: Job) -> Checkpoint:
         rung_metrics = evaluate(model, job, keep)
         report(job, f"rung {name}", rung_metrics)
         macs = fusion_macs(config.fusion, manifest.tokenizer.max_tokens, tee.num_regions, keep, tee.roi_hidden)
-        rungs.append(Rung(name=name, num_regions=keep, gmacs=macs / 1e9, expected_accuracy=rung_metrics["accuracy_val"]))
+        rungs.append(
+            Rung(name=name, num_regions=keep, gmacs=macs / 1e9, expected_accuracy=rung_metrics["accuracy_val"])
+        )
         metrics |= rung_metrics if keep == tee.num_regions else {}
         metrics |= {f"accuracy_test@{name}": rung_metrics["accuracy_test"]}
     manifest = manifest.model_copy(

@@ -3,7 +3,7 @@
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -59,9 +59,12 @@ class Questions:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def first(self, number: int) -> "Questions":
-        """The first `number` questions."""
-        return Questions(*(getattr(self, column.name)[:number] for column in fields(self)))
+    def spread(self, number: int) -> "Questions":
+        """At most `number` questions, evenly spread over the images."""
+        rows = np.unique(np.linspace(0, len(self) - 1, min(number, len(self))).round().astype(np.int64))
+        arrays = (self.image_index[rows], self.input_ids[rows], self.answers[rows])
+        lists = ([column[row] for row in rows] for column in (self.referred, self.kinds, self.texts))
+        return Questions(*arrays, *lists)
 
 
 @runtime_checkable

@@ -42,7 +42,13 @@ def edgevlm_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_model
 def test_edgevlm(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """The smallest trunk that has every kind of block; for fast tests only."""
-    arch_def = [["cn_r1_k3_s1_e1_c8"], ["er_r1_k3_s2_e2_c8"], ["er_r1_k3_s2_e2_c16"], ["ir_r1_k3_s2_e2_c16"], ["ir_r1_k3_s2_e2_c24"]]
+    arch_def = [
+        ["cn_r1_k3_s1_e1_c8"],
+        ["er_r1_k3_s2_e2_c8"],
+        ["er_r1_k3_s2_e2_c16"],
+        ["ir_r1_k3_s2_e2_c16"],
+        ["ir_r1_k3_s2_e2_c24"],
+    ]
     return _lite("test_edgevlm", 8, arch_def, pretrained, kwargs)
 
 
@@ -55,4 +61,6 @@ def create_trunk(name: str, first_level: int, num_levels: int) -> nn.Module:
     if not timm.is_model(name):
         raise RecipeError(f"Unknown trunk '{name}'", nearest(name, timm.list_models()) or "See timm.list_models()")
     levels = range(first_level, min(first_level + num_levels, 6))
-    return timm.create_model(name, features_only=True, pretrained=False, out_indices=tuple(level - 1 for level in levels))
+    return timm.create_model(
+        name, features_only=True, pretrained=False, out_indices=tuple(level - 1 for level in levels)
+    )

@@ -36,16 +36,16 @@ class WeightedSum(nn.Module):
         super().__init__()
         self.inputs_offsets = combine.inputs_offsets
         self.resample = combine.resample
-        self.edge_weights = combine.edge_weights
+        self.edge_weights: nn.Parameter = combine.edge_weights  # pyright: ignore (there with 'fastattn')
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         weights = nn.functional.relu(self.edge_weights)
         weights = weights / (weights.sum() + 1e-4)
-        terms = [
-            resample(maps[offset]) * weights[i]
-            for i, (offset, resample) in enumerate(zip(self.inputs_offsets, self.resample.values(), strict=True))
-        ]
-        return sum(terms[1:], terms[0])
+        inputs = zip(self.inputs_offsets, self.resample.values(), weights, strict=True)
+        total, *others = [resample(maps[offset]) * weight for offset, resample, weight in inputs]
+        for term in others:
+            total = total + term
+        return total
 
 
 def create_bifpn(

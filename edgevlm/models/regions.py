@@ -61,7 +61,9 @@ def survivors_first(keep_BN: Tensor, num: int) -> Tensor:
     runtime chooses differently, so that a program with few survivors would not give the same regions everywhere.
     """
     count = keep_BN.shape[1]
-    return torch.topk(keep_BN * count - torch.arange(count, dtype=keep_BN.dtype, device=keep_BN.device), num, dim=1).indices
+    return torch.topk(
+        keep_BN * count - torch.arange(count, dtype=keep_BN.dtype, device=keep_BN.device), num, dim=1
+    ).indices
 
 
 def take(values: Tensor, index_BK: Tensor) -> Tensor:

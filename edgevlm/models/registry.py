@@ -50,4 +50,6 @@ def _resolve(choice: Choice, table: dict[str, Any], kind: type[BaseModel], what:
     except ValidationError as problem:
         key = ".".join(map(str, problem.errors()[0]["loc"]))
         hint = nearest(key, kind.model_fields)
-        raise RecipeError(f"{what} '{choice.name}' has no or another '{key}'", hint or problem.errors()[0]["msg"]) from problem
+        raise RecipeError(
+            f"{what} '{choice.name}' has no or another '{key}'", hint or problem.errors()[0]["msg"]
+        ) from problem

@@ -19,6 +19,8 @@ VOCABULARY = "vocab.txt"
 
 
 class Answer(NamedTuple):
+    """Logits over the answers, and what the fusion produced on the way."""
+
     logits_BA: Tensor
     fusion: FusionOutput
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgevlm.models.regions import box_iou, encode_boxes
-from edgevlm.models.tee import BOX_SCALE, TEE
+from edgevlm.models.regions import box_iou, cluster_nms, decode_boxes, encode_boxes, take
+from edgevlm.models.tee import BOX_SCALE, REGION_NMS_IOU, TEE
 
 RPN_POSITIVE, RPN_NEGATIVE, ROI_POSITIVE = 0.5, 0.3, 0.5
 NEGATIVES_PER_POSITIVE = 3
@@ -92,9 +92,6 @@ class DetectionObjective(nn.Module):
 @torch.no_grad()
 def detect(tee: TEE, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (B, P, 4) in pixels, class scores (B, P, C) and NMS survivors (B, P), all proposals, for evaluation."""
-    from edgevlm.models.regions import cluster_nms, decode_boxes, take
-    from edgevlm.models.tee import REGION_NMS_IOU
-
     dense = tee.dense(pixels_BCHW)
     proposals = tee.propose(dense)
     output = tee.box_features(dense.maps, proposals)
@@ -139,13 +136,13 @@ def mean_average_precision(
     categories = sorted({annotation["category_id"] for annotation in annotations})
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
-        coco.dataset = {
+        coco.dataset = {  # pyright: ignore (its stubs ask for fields that boxes do not have)
             "images": [{"id": i} for i in range(len(truths))],
             "annotations": annotations,
             "categories": [{"id": c, "name": str(c)} for c in categories],
         }
         coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")  # pyright: ignore (a list works as well as a path)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -104,7 +104,9 @@ def evaluate(model: VLM, job: Job, num_keep: int | None = None) -> dict[str, flo
 
 def report(job: Job, what: str, metrics: dict[str, float]) -> None:
     """One line with the accuracies."""
-    shares = [f"{name[9:]} {value:.3f}" for name, value in metrics.items() if name.startswith("accuracy_") and "." not in name]
+    shares = [
+        f"{name[9:]} {value:.3f}" for name, value in metrics.items() if name.startswith("accuracy_") and "." not in name
+    ]
     job.reporter.say(f"  {what}: accuracy {', '.join(shares)} (majority {metrics['majority_test']:.3f})")
 
 

@@ -15,7 +15,9 @@ A = TypeVar("A", bound=Artifact)
 
 def save_checkpoint(out_dir: Path, model: VLM, vocabulary: Path, manifest: Checkpoint) -> Checkpoint:
     """Write `model` into `out_dir` and return the manifest with its file hashes."""
-    save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, out_dir / WEIGHTS)
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, out_dir / WEIGHTS
+    )
     shutil.copyfile(vocabulary, out_dir / VOCABULARY)
     return finish(out_dir, manifest)
 

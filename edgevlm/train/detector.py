@@ -92,6 +92,8 @@ def train_detector(job: Job) -> Checkpoint:
     )
     val = load_frames(job, "val", min(recipe.data.num_val or NUM_EVALUATED, NUM_EVALUATED))
     metrics = evaluate_detector(model.tee.eval(), val)
-    job.reporter.say(f"  detector: mAP {metrics['map']:.3f}, AP50 {metrics['ap50']:.3f} on {len(val.ids)} validation images")
+    job.reporter.say(
+        f"  detector: mAP {metrics['map']:.3f}, AP50 {metrics['ap50']:.3f} on {len(val.ids)} validation images"
+    )
     manifest = manifest.model_copy(update={"metrics": metrics})
     return save_checkpoint(job.out_dir, model.cpu(), job.inputs["prepare"] / VOCABULARY, manifest)

@@ -20,7 +20,9 @@ def save_snapshot(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     temporary = path.with_suffix(".writing")
-    save_file({name: value.clone() for name, value in tensors.items()}, temporary, {"step": str(step), "key": json.dumps(key)})
+    save_file(
+        {name: value.clone() for name, value in tensors.items()}, temporary, {"step": str(step), "key": json.dumps(key)}
+    )
     temporary.replace(path)
 
 

@@ -12,7 +12,9 @@ def edgevlm(*arguments: str | Path, timeout: float = 600, **kwargs: object) -> s
     """Run the command line as a user would, in a process of its own."""
     command = [sys.executable, "-m", "edgevlm.cli", *map(str, arguments)]
     environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "2"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False, **kwargs)  # pyright: ignore
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment, check=False, **kwargs
+    )  # pyright: ignore
 
 
 @pytest.fixture(scope="session")

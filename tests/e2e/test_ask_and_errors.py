@@ -81,7 +81,9 @@ def huge_png(path: Path) -> Path:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
     return path
 
 
@@ -121,7 +123,9 @@ def test_export_verify_and_bench_alone(rehearsal: Path, tmp_path: Path) -> None:
     done = edgevlm("verify", bundle, "--checkpoint", rehearsal / "trim", "--out", parity, "--json")
     assert done.returncode == 0, done.stderr
     assert {row["verdict"] for row in json.loads(done.stdout)["rows"]} == {"passed"}
-    refused("verify", bundle, "--checkpoint", rehearsal / "prune", "--out", tmp_path / "other", saying="not exported from")
+    refused(
+        "verify", bundle, "--checkpoint", rehearsal / "prune", "--out", tmp_path / "other", saying="not exported from"
+    )
     done = edgevlm("bench", bundle, "--out", tmp_path / "latency", "--runs", "3", "--json")
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["rows"]) == 3

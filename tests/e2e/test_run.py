@@ -60,7 +60,9 @@ def test_rungs_share_weights(rehearsal: Path) -> None:
 
 
 def test_second_run_redoes_nothing(rehearsal: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in rehearsal.rglob("*") if path.is_file() and path.name != "run.json"}
+    before = {
+        path: path.stat().st_mtime_ns for path in rehearsal.rglob("*") if path.is_file() and path.name != "run.json"
+    }
     done = edgevlm("run", "test-scenes", "--out", rehearsal)
     assert done.returncode == 0
     assert done.stderr.count("done before") == len(STAGES)

@@ -29,7 +29,7 @@ from edgevlm.artifacts import (
 )
 from edgevlm.models.registry import FUSIONS, TEES
 from edgevlm.models.tee import Regions
-from edgevlm.models.vlm import VOCABULARY, WEIGHTS, VLM
+from edgevlm.models.vlm import VLM, VOCABULARY, WEIGHTS
 
 WORDS = ("is", "it", "red", "green", "blue", "the", "scene", "a", "tint", "?", "what", "of", "picture", "this", "here")
 VOCAB = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)
@@ -45,7 +45,9 @@ def draw_images(num: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]
     images = []
     for tint in tints:
         coarse = rng.integers(0, 256, (6, 6, 3)) * 0.25 + TINT_RGB[tint] * 0.75
-        images.append(np.asarray(Image.fromarray(coarse.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)))
+        images.append(
+            np.asarray(Image.fromarray(coarse.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST))
+        )
     return np.stack(images), tints
 
 
@@ -135,7 +137,9 @@ def _settle_extractor(model: VLM, size: int) -> None:
 def _teach(model: VLM, size: int, rungs: tuple[int, ...], steps: int) -> None:
     images, tints = draw_images(256, size, 20)
     with torch.no_grad():
-        regions = Regions(*(torch.cat(parts) for parts in zip(*(model.encode(p) for p in _planes(images).split(32)), strict=True)))
+        regions = Regions(
+            *(torch.cat(parts) for parts in zip(*(model.encode(p) for p in _planes(images).split(32)), strict=True))
+        )
     donors = [np.flatnonzero(tints == tint) for tint in range(3)]
     parameters = [*model.fusion.parameters(), *model.head.parameters()]
     optimiser = torch.optim.Adam(parameters, 2e-3)
@@ -146,7 +150,9 @@ def _teach(model: VLM, size: int, rungs: tuple[int, ...], steps: int) -> None:
         # Noise, and regions of another image of that tint: the answer must not hang on which regions were chosen.
         noise = torch.randn(regions.features_BND[rows].shape, generator=generator)
         other = torch.from_numpy(np.array([donors[t][step % len(donors[t])] for t in tints[rows.numpy()]]))
-        batch = Regions(regions.features_BND[rows] + 0.3 * noise, regions.boxes_norm_BN4[other], regions.scores_BN[other])
+        batch = Regions(
+            regions.features_BND[rows] + 0.3 * noise, regions.boxes_norm_BN4[other], regions.scores_BN[other]
+        )
         input_ids = torch.from_numpy(encode_texts(texts, 12))
         logits = model.answer(batch, input_ids, num_keep=rungs[step % len(rungs)]).logits_BA
         loss = F.cross_entropy(logits, torch.from_numpy(answers), label_smoothing=0.05)

@@ -1,0 +1,53 @@
+"""MODEL_CARD.md of a bundle, written from its manifest: nothing here is typed by hand."""
+
+from edgevlm.artifacts import Bundle
+
+
+def model_card(bundle: Bundle) -> str:
+    """The card as Markdown."""
+    spec, origin = bundle.preprocess, bundle.provenance
+    regions = bundle.model.tee.num_regions
+    lines = [
+        f"# {bundle.name}",
+        "",
+        f"Answers questions about an image (task: {bundle.task}), one of {len(bundle.labels.answers)} fixed answers. "
+        f"Exported by edgevlm {origin.edgevlm or '(unversioned)'}{f' on {origin.created}' if origin.created else ''}.",
+        "",
+        "## What it takes and gives",
+        "",
+        f"* `encode_image`: `image` uint8 (1, {spec.height}, {spec.width}, 3) RGB -> `features` (1, {regions}, "
+        f"{bundle.model.tee.roi_hidden}), `boxes` (1, {regions}, 4) corners 0..1, `scores` (1, {regions}).",
+        f"* `answer_<rung>`: those and `input_ids` int32 (1, {bundle.tokenizer.max_tokens}) -> `logits` "
+        f"(1, {len(bundle.labels.answers)}), `looked_at` (1, {regions}).",
+        "* Resizing is the app's (`preprocess.json`); scaling and normalisation are in the graph. Encode an image once, "
+        "then ask any number of questions.",
+        f"* Regions scoring below {bundle.model.tee.score_threshold} are ignored by the answer programs.",
+        "",
+        "## Rungs",
+        "",
+        "| rung | region tokens kept | GMAC | expected accuracy |",
+        "|---|---|---|---|",
+    ]
+    for rung in bundle.rungs:
+        accuracy = "" if rung.expected_accuracy is None else f"{rung.expected_accuracy:.3f}"
+        lines.append(f"| {rung.name} | {rung.num_regions} | {rung.gmacs:.4f} | {accuracy} |")
+    lines += ["", "## Files", "", "| target | precision | MB | how | written by |", "|---|---|---|---|---|"]
+    for model in bundle.models:
+        tools = ", ".join(f"{name} {version}" for name, version in model.tools.items())
+        lines.append(f"| {model.target} | {model.precision} | {model.size_mb:.2f} | {model.scheme} | {tools} |")
+    for failure in bundle.failures:
+        lines.append(f"| {failure.target} | {failure.precision} | | not exported: {failure.reason} | |")
+    lines += ["", "## Accuracy of the PyTorch model", ""]
+    lines += [f"* {name}: {value:.4f}" for name, value in bundle.metrics.items()] or ["No metrics were recorded."]
+    lines += [
+        "",
+        "The exported files' own accuracy, and what each figure rests on, is in the parity report of the run.",
+        "",
+        "## Data",
+        "",
+        f"Trained on {origin.dataset or 'a dataset that was not recorded'}, seed {origin.seed}. Classes: "
+        f"{', '.join(bundle.labels.classes)}. Answers: {', '.join(bundle.labels.answers)}. Answers outside this list "
+        "cannot be given, and a question about anything else is answered all the same.",
+        "",
+    ]
+    return "\n".join(lines)
