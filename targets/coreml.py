@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from targets.base import TARGETS
 from targets.program import ENCODE, EncodePlanes, Program
 from targets.source import Source, files_under, folder_mb
 
-if TYPE_CHECKING:
-    from coremltools.models import MLModel
+MLModel = Any
+"""coremltools' class of that name; its annotations are too loose to check against."""
 
 SCHEMES = {
     "fp32": "float32 weights and arithmetic",
@@ -66,7 +66,7 @@ def export(source: Source, precision: str, out_dir: Path) -> ExportedModel:
     )
 
 
-def _convert(source: Source, program: Program) -> "MLModel":
+def _convert(source: Source, program: Program) -> MLModel:
     import coremltools as ct
 
     spec = source.manifest.preprocess
@@ -94,7 +94,7 @@ def _convert(source: Source, program: Program) -> "MLModel":
     )
 
 
-def _compress(model: "MLModel", source: Source, program: Program) -> "MLModel":
+def _compress(model: MLModel, source: Source, program: Program) -> MLModel:
     import coremltools.optimize.coreml as cto
 
     part = "tee." if program.name == ENCODE else ("fusion.", "head.")
@@ -102,9 +102,9 @@ def _compress(model: "MLModel", source: Source, program: Program) -> "MLModel":
     keep = {constant_name(name): None for name in parameters if name.startswith(KEEP_FLOAT) and name.endswith("weight")}
     linear = cto.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", weight_threshold=MIN_WEIGHTS)
     # By operation, not globally: constants such as the anchors are no weights.
-    config = cto.OptimizationConfig(
-        op_type_configs=dict.fromkeys(("conv", "linear", "gather"), linear), op_name_configs=keep
-    )
+    by_type: Any = dict.fromkeys(("conv", "linear", "gather"), linear)
+    by_name: Any = keep
+    config = cto.OptimizationConfig(op_type_configs=by_type, op_name_configs=by_name)
     return cto.linear_quantize_weights(model, config=config)
 
 
@@ -118,7 +118,7 @@ def _describe(package: Path, source: Source, precision: str) -> None:
     from coremltools.proto import Model_pb2
 
     path = package / "Data" / "com.apple.CoreML" / "model.mlmodel"
-    spec = Model_pb2.Model()
+    spec: Any = Model_pb2.Model()  # pyright: ignore[reportAttributeAccessIssue]
     spec.ParseFromString(path.read_bytes())
     manifest = source.manifest
     metadata = spec.description.metadata

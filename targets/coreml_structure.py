@@ -10,26 +10,23 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from edgevlm.artifacts import Bundle, Checkpoint
-from edgevlm.models.vlm import VLM
-from targets.program import ENCODE, build_programs
-from targets.source import Source
+from targets.program import ENCODE, Program, answer_name, rungs_of
+from targets.source import Source, run_batch
 
 FP32_TOLERANCE = 1e-5
 """Largest |difference| of a weight, relative to the tensor's largest value."""
 INT8_STEP = 0.51 / 127
 """Half a quantisation step of a symmetric int8 channel, with room for rounding, relative to its largest value."""
-UNUSED = ("referred.", "fusion.types.", "edge_weights", "tee.box_head.attributes.")
-"""Parameters of training only, or folded into others by the converter."""
+FOLDED = ("fusion.types.",)
+"""Parameters that the converter folds into others."""
 
 
-def check_structure(package: Path, manifest: Bundle | Checkpoint, model: VLM) -> list[str]:
+def check_structure(package: Path, source: Source) -> list[str]:
     """Compare a package with the model it should hold.
 
     Args:
         package: the .mlpackage folder.
-        manifest: names, rungs and shapes to expect.
-        model: the PyTorch weights to find.
+        source: the model that it was exported from.
 
     Returns:
         Problems in words; empty if functions, inputs, outputs and weights are as they should be.
@@ -38,7 +35,7 @@ def check_structure(package: Path, manifest: Bundle | Checkpoint, model: VLM) ->
     from coremltools.converters.mil.frontend.milproto.load import load
 
     spec: Any = ct.utils.load_spec(str(package))
-    problems = list(_interface_problems(spec, manifest, model))
+    problems = list(_interface_problems(spec, source))
     weights = package / "Data" / "com.apple.CoreML" / "weights"
     program = load(spec, specification_version=spec.specificationVersion, file_weights_dir=str(weights))
     tensors: dict[str, list[np.ndarray]] = {}
@@ -47,20 +44,21 @@ def check_structure(package: Path, manifest: Bundle | Checkpoint, model: VLM) ->
             if not np.isfinite(value).all():
                 problems.append(f"{name}: constant {where} is not finite")
             tensors.setdefault(f"{name}/{'int8' if compressed else 'fp32'}", []).append(value)
-    return problems + list(_weight_problems(tensors, model))
+        if budget := _budget_problem(name, function.operations, source):
+            problems.append(budget)
+    return problems + list(_weight_problems(tensors, source))
 
 
-def _interface_problems(spec: Any, manifest: Bundle | Checkpoint, model: VLM) -> Iterator[str]:
+def _interface_problems(spec: Any, source: Source) -> Iterator[str]:
     from coremltools.proto import FeatureTypes_pb2
 
-    kinds = FeatureTypes_pb2.ArrayFeatureType
+    kinds: Any = FeatureTypes_pb2.ArrayFeatureType
     found = {function.name: function for function in spec.description.functions}
-    checkpoint = manifest if isinstance(manifest, Checkpoint) else _as_checkpoint(manifest)
-    programs = build_programs(model, checkpoint)
+    programs = source.programs
     if set(found) != {program.name for program in programs}:
         yield f"functions {sorted(found)}, expected {sorted(p.name for p in programs)}"
         return
-    shapes = _output_shapes(Source(model, checkpoint))
+    shapes = _output_shapes(source)
     for program in programs:
         function = found[program.name]
         inputs = {i.name: i.type for i in function.input}
@@ -86,14 +84,17 @@ def _interface_problems(spec: Any, manifest: Bundle | Checkpoint, model: VLM) ->
                 yield f"{program.name}: {name} is {tuple(outputs[name].shape)}, expected {shapes[program.name][name]}"
 
 
-def _as_checkpoint(bundle: Bundle) -> Checkpoint:
-    shared = ("provenance", "model", "task", "preprocess", "tokenizer", "labels", "rungs")
-    return Checkpoint(**{name: getattr(bundle, name) for name in shared})
+def _budget_problem(name: str, operations: Any, source: Source) -> str:
+    """An answer program with a trimmer must keep as many tokens as its rung says."""
+    wanted = {answer_name(rung.name): rung.num_regions for rung in rungs_of(source.manifest)}.get(name)
+    model = source.manifest.model
+    if wanted is None or wanted >= model.tee.num_regions or model.fusion.trim_after is None:
+        return ""
+    kept = [int(operation.k.val) for operation in operations if operation.op_type == "topk"]
+    return "" if kept == [wanted] else f"{name} keeps {kept} region tokens, its rung {wanted}"
 
 
 def _output_shapes(source: Source) -> dict[str, dict[str, tuple[int, ...]]]:
-    from targets.source import run_batch
-
     shapes = {}
     for program in source.programs:
         outputs = run_batch(program, {name: x.numpy() for name, x in program.inputs.items()})
@@ -112,25 +113,40 @@ def _constants(operations: Any) -> Iterator[tuple[str, np.ndarray, bool]]:
                 yield operation.name, value, False
 
 
-def _weight_problems(tensors: dict[str, list[np.ndarray]], model: VLM) -> Iterator[str]:
+def _weight_problems(tensors: dict[str, list[np.ndarray]], source: Source) -> Iterator[str]:
     """Every matrix and kernel of the model must be found among the constants of the functions that use it."""
-    answers = sorted({key.split("/")[0] for key in tensors} - {ENCODE})
-    norms = [m.weight / (m.running_var + m.eps).sqrt() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    scales = [scale.detach().numpy() for scale in norms]
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or any(part in name for part in UNUSED):
-            continue
-        value = parameter.detach().numpy()
-        functions = [ENCODE] if name.startswith("tee.") else answers
-        missing = [
-            function
-            for function in functions
-            if not any(_same(value, c, scales, FP32_TOLERANCE) for c in tensors.get(f"{function}/fp32", []))
-            and not any(_same(value, c, scales, INT8_STEP) for c in tensors.get(f"{function}/int8", []))
-        ]
-        if name.startswith("fusion.trimmer."):  # the full budget has no use for it
-            missing = missing if len(answers) > 1 and missing == functions else []
-        yield from (f"{function}: no constant equals the weights {name}" for function in missing)
+    norms = [m for m in source.model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_var is not None]
+    scales = [(m.weight / (m.running_var + m.eps).sqrt()).detach().numpy() for m in norms]  # pyright: ignore
+    for program in source.programs:
+        exact = tensors.get(f"{program.name}/fp32", [])
+        near = tensors.get(f"{program.name}/int8", [])
+        if program.name == ENCODE:
+            for name, value in (("mean", source.model.tee.mean), ("1 / std", source.model.tee.inv_std)):
+                if not any(c.size == 3 and np.allclose(c.ravel(), value.ravel(), rtol=1e-5) for c in exact):
+                    yield f"{program.name}: no constant equals the {name} of the preprocessing"
+        for name, parameter in used_parameters(source, program).items():
+            if parameter.ndim < 2 or name.startswith(FOLDED):
+                continue
+            found = any(_same(parameter, constant, scales, FP32_TOLERANCE) for constant in exact)
+            if not found and not any(_same(parameter, constant, scales, INT8_STEP) for constant in near):
+                yield f"{program.name}: no constant equals the weights {name}"
+
+
+def used_parameters(source: Source, program: Program) -> dict[str, np.ndarray]:
+    """The parameters that a program's outputs depend on, by their names in the module.
+
+    A trunk may hold stages that nobody asks for, and the box head has outputs for training only.
+    """
+    exported = source.exported(program)
+    names = exported.graph_signature.inputs_to_parameters
+    needed, queue = set(), [node for node in exported.graph.nodes if node.op == "output"]
+    while queue:
+        for node in queue.pop().all_input_nodes:
+            if node not in needed:
+                needed.add(node)
+                queue.append(node)
+    used = {names[node.name] for node in needed if node.name in names}
+    return {name: x.detach().numpy() for name, x in program.module.named_parameters() if name in used}
 
 
 def _same(weight: np.ndarray, constant: np.ndarray, scales: list[np.ndarray], tolerance: float) -> bool:

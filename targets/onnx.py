@@ -4,8 +4,7 @@ int8 is static QDQ for the convolutions of `encode_image` and the wide layers of
 answer programs. Objectness, boxes, class scores and NMS stay float: eight bits make ties, and ties reorder boxes.
 
 On x86 without VNNI, ONNX Runtime's kernels for unsigned x signed bytes saturate 16-bit sums, and a model that was right
-on the build machine is quietly wrong on the user's. So convolution weights are unsigned (those kernels are exact), and
-the weights of the answer programs use seven bits.
+on the build machine is quietly wrong on the user's. So weights are unsigned like activations: those kernels are exact.
 """
 
 import hashlib
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 SCHEMES = {
     "fp32": "float32 weights and arithmetic",
     "int8": "static int8 QDQ (U8U8, per channel) for convolutions and wide box-head layers, boxes and scores float32; "
-    "dynamic int8 (7-bit weights) for the answer programs",
+    "dynamic int8 (U8U8) for the answer programs",
 }
 EXTERNAL_BYTES = 256
 """Larger tensors go to the shared file; smaller ones stay inside, where shape inference can read them."""
@@ -67,14 +66,14 @@ def export(source: Source, precision: str, out_dir: Path) -> ExportedModel:
 
 def write_shared(models: dict[str, "ModelProto"], folder: Path) -> None:
     """Save every model as `<name>.onnx`, with equal weights stored once in one external file."""
-    import onnx
+    from onnx import external_data_helper, numpy_helper
 
     folder.mkdir(parents=True, exist_ok=True)
     places: dict[bytes, tuple[int, int]] = {}
     with (folder / SHARED_WEIGHTS).open("wb") as file:
         for name, model in models.items():
             for tensor in model.graph.initializer:
-                content = onnx.numpy_helper.to_array(tensor).tobytes()
+                content = numpy_helper.to_array(tensor).tobytes()
                 if len(content) < EXTERNAL_BYTES:
                     continue
                 key = hashlib.sha256(content).digest()
@@ -86,7 +85,7 @@ def write_shared(models: dict[str, "ModelProto"], folder: Path) -> None:
                 for field in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
                     tensor.ClearField(field)
                 tensor.raw_data = content  # set_external_data wants it, and then it goes
-                onnx.external_data_helper.set_external_data(tensor, SHARED_WEIGHTS, offset=offset, length=length)
+                external_data_helper.set_external_data(tensor, SHARED_WEIGHTS, offset=offset, length=length)
                 tensor.ClearField("raw_data")
             (folder / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
 
@@ -121,12 +120,7 @@ def _dynamic_int8(model: "ModelProto") -> "ModelProto":
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         quantize_dynamic(
-            model,
-            path,
-            op_types_to_quantize=DYNAMIC_TYPES,
-            per_channel=True,
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
+            model, path, op_types_to_quantize=DYNAMIC_TYPES, per_channel=True, weight_type=QuantType.QUInt8
         )
         return onnx.load(path)
 

@@ -124,16 +124,22 @@ def _quantise_encode(model: "openvino.Model", source: Source) -> "openvino.Model
         preset=nncf.QuantizationPreset.MIXED,
         subset_size=len(rows),
         ignored_scope=ignored,
-        advanced_parameters=_no_overflow(),
+        advanced_parameters=_advanced(),
     )
 
 
-def _no_overflow() -> "nncf.AdvancedQuantizationParameters":
-    """Seven-bit weights: on x86 without VNNI, sums of unsigned x signed bytes saturate at 16 bits."""
+def _advanced() -> "nncf.AdvancedQuantizationParameters":
+    """Seven-bit weights (on x86 without VNNI, sums of unsigned x signed bytes saturate) and full activation ranges.
+
+    NNCF's default takes the mean of the samples' ranges, which cuts off peaks.
+    """
     import nncf
     from nncf.quantization.advanced_parameters import OverflowFix
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
-    return nncf.AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE)
+    return nncf.AdvancedQuantizationParameters(
+        overflow_fix=OverflowFix.ENABLE, activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
+    )
 
 
 def _quantise_answers(source: Source, models: dict[str, "openvino.Model"]) -> tuple[dict[str, "openvino.Model"], str]:
@@ -152,7 +158,7 @@ def _quantise_answers(source: Source, models: dict[str, "openvino.Model"]) -> tu
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(rows),
             ignored_scope=ignored,
-            advanced_parameters=_no_overflow(),
+            advanced_parameters=_advanced(),
         )
     if all(_agreement(static[program.name], source, program) >= MIN_AGREEMENT for program in source.answers):
         return static, STATIC_ANSWERS

@@ -16,7 +16,7 @@ from edgevlm.artifacts import Bundle, ExportedModel, ParityReport, ParityRow, Pr
 from edgevlm.data.frames import Questions
 from edgevlm.errors import BundleError
 from edgevlm.models.regions import box_iou
-from edgevlm.models.vlm import VLM, load
+from edgevlm.models.vlm import load
 from edgevlm.progress import Reporter
 from edgevlm.recipe import VerifySection
 from targets.base import open_model, runtime_status
@@ -106,7 +106,7 @@ def verify_bundle(
     rows: list[ParityRow] = []
     with reporter.bar("verify", len(bundle.models)) as bar:
         for done, exported in enumerate(bundle.models, 1):
-            rows += _verify_model(exported, bundle_dir, bundle, model, samples, settings)
+            rows += _verify_model(exported, bundle_dir, source, samples, settings)
             bar.update(done, f"{exported.target} {exported.precision}")
     for failure in bundle.failures:
         reason = f"not exported: {failure.reason}"
@@ -164,7 +164,7 @@ def run_samples(session: Session, samples: Samples) -> Outputs:
 
 
 def _verify_model(
-    exported: ExportedModel, folder: Path, bundle: Bundle, model: VLM, samples: Samples, settings: VerifySection
+    exported: ExportedModel, folder: Path, source: Source, samples: Samples, settings: VerifySection
 ) -> Iterator[ParityRow]:
     available, reason = runtime_status(exported.target)
     failed = ""
@@ -177,12 +177,12 @@ def _verify_model(
         except Exception as problem:  # each runtime has exceptions of its own; the row says which
             failed = f"it did not run: {' '.join(str(problem).split())[:300] or type(problem).__name__}"
         else:
-            threshold = bundle.model.tee.score_threshold
+            threshold = source.manifest.model.tee.score_threshold
             for rung in samples.logits:
                 yield compare(exported, rung, samples, outputs, threshold, settings)
             return
     elif reason == COREML_ELSEWHERE:
-        problems, note = _structure(exported, folder, bundle, model)
+        problems, note = _structure(exported, folder, source)
         failed = "; ".join(problems)
         reason = f"{reason}; {note}"
     for rung in samples.logits:
@@ -196,13 +196,13 @@ def _verify_model(
         )
 
 
-def _structure(exported: ExportedModel, folder: Path, bundle: Bundle, model: VLM) -> tuple[list[str], str]:
+def _structure(exported: ExportedModel, folder: Path, source: Source) -> tuple[list[str], str]:
     """Problems of a Core ML package's structure, and a note on what was checked."""
     try:
         from targets.coreml_structure import check_structure
 
         with quiet():
-            return check_structure(folder / exported.programs[ENCODE], bundle, model), (
+            return check_structure(folder / exported.programs[ENCODE], source), (
                 "its functions, inputs, outputs and weights equal the model's, but nothing was run"
             )
     except ImportError as problem:
@@ -267,10 +267,14 @@ def compare(
 
 def box_match(want: Arrays, got: Arrays, score_threshold: float) -> float:
     """Share of the valid regions of `want` that have a partner at IoU >= 0.9 among the valid ones of `got`."""
-    valid, partner = want["scores"] >= score_threshold, got["scores"] >= score_threshold
-    iou = box_iou(torch.from_numpy(want["boxes"]), torch.from_numpy(np.ascontiguousarray(got["boxes"]))).numpy()
-    matched = ((iou >= MATCH_IOU) & partner[:, None, :]).any(2)
-    return float(matched[valid].mean()) if valid.any() else 1.0
+    valid = np.asarray(want["scores"] >= score_threshold)
+    partner = np.asarray(got["scores"] >= score_threshold)[:, None, :]
+    # In thousandths of the image, so that `box_iou`'s guard against empty boxes does not bite.
+    ours, theirs = (torch.from_numpy(np.ascontiguousarray(x["boxes"], np.float32)) * 1000 for x in (want, got))
+    # A box clipped to a line has no area and no IoU: it matches one in the same place.
+    same_place = (ours.unsqueeze(2) - theirs.unsqueeze(1)).abs().amax(-1) <= 1.0
+    match: np.ndarray = ((box_iou(ours, theirs) >= MATCH_IOU) | same_place).numpy() & partner
+    return float(match.any(axis=2)[valid].mean()) if valid.any() else 1.0
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:

@@ -64,8 +64,9 @@ def _convert(source: Source) -> bytes:
 
 
 def _quantise(content: bytes, source: Source) -> bytes:
-    from ai_edge_quantizer import qtyping, quantizer
+    from ai_edge_quantizer import calibrator, qtyping, quantizer, recipe_manager
     from ai_edge_quantizer.algorithm_manager import AlgorithmName
+    from ai_edge_quantizer.utils.qsv_utils import min_max_update
 
     op = qtyping.TFLOperationName
     with tempfile.TemporaryDirectory() as folder:
@@ -81,5 +82,13 @@ def _quantise(content: bytes, source: Source) -> bytes:
         for scope in KEEP_FLOAT:  # the last matching rule wins
             for kind in (op.CONV_2D, op.FULLY_CONNECTED):
                 work.update_quantization_recipe(scope, kind, algorithm_key=AlgorithmName.NO_QUANTIZE)
-        ranges = work.calibrate({ENCODE: source.calibration_inputs(source.encode, "tflite")})
-        return bytes(work.quantize(ranges).quantized_model)
+        # The quantiser's own calibration keeps a moving average of each sample's range, which cuts off peaks: on our
+        # test model 27 % of the regions were found again, against 59 % with the full range.
+        recipe = recipe_manager.RecipeManager()
+        recipe.load_quantization_recipe(work.get_quantization_recipe())
+        ranges = calibrator.Calibrator(str(path), num_threads=1, qsv_update_func=min_max_update)
+        ranges.calibrate({ENCODE: source.calibration_inputs(source.encode, "tflite")}, recipe)
+        quantised = work.quantize(ranges.get_model_qsvs()).quantized_model
+        if quantised is None:
+            raise ValueError("the quantiser returned no model")
+        return bytes(quantised)

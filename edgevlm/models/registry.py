@@ -26,8 +26,8 @@ TEES: dict[str, TEEConfig] = {
 FUSIONS: dict[str, FusionConfig] = {
     "none": FusionConfig.uniform(hidden=8, layers=1, heads=1, ffn=8),  # beside an extractor that is not fused yet
     "test-fusion": FusionConfig.uniform(hidden=32, layers=2, heads=2, ffn=64),
-    "edge-l4": FusionConfig.uniform(hidden=128, layers=4, heads=4, ffn=512),
-    "edge-l3": FusionConfig.uniform(hidden=96, layers=3, heads=4, ffn=384),
+    "edge-l3-h128": FusionConfig.uniform(hidden=128, layers=3, heads=4, ffn=384),
+    "edge-l3-h96": FusionConfig.uniform(hidden=96, layers=3, heads=4, ffn=384),
 }
 """Fusion name -> config."""
 

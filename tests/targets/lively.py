@@ -93,9 +93,12 @@ def make_model(
         metrics={"test_accuracy": 0.9},
     )
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # such small matrices only wait for a second thread
     model = VLM(config, spec, tokenizer, LABELS).eval()
     _settle_extractor(model, size)
     _teach(model, size, rungs, steps)
+    torch.set_num_threads(threads)
     return model.eval(), manifest
 
 
