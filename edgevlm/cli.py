@@ -1,6 +1,7 @@
 """The command line: verbs to stages, no logic. Tables and bars for people; `--json` on stdout for programs."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,10 @@ from rich.console import Console
 
 from edgevlm import __version__
 from edgevlm.errors import EdgeVLMError, GateFailed
+
+# OpenMP's threads spin while they wait by default. Beside any other busy process that made training 2.3 times slower
+# (two threads, two cores, one of them busy) and nothing faster. Read when torch is loaded, hence here.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     help="Vision-language models from a training GPU to phones, Jetsons and PCs, in one flow.",

@@ -138,6 +138,9 @@ def score(job: Job) -> Scorecard:
     latency = read_manifest(job.inputs["bench"], DeviceReport)
     checkpoints = {name: read_manifest(job.inputs[name], Checkpoint, check_files=False) for name in TRAINED}
     training = {name: checkpoint.metrics["accuracy_test"] for name, checkpoint in checkpoints.items()}
+    for name, checkpoint in checkpoints.items():
+        if "accuracy_dev" in checkpoint.metrics:  # datasets that publish both are reported on both
+            training[f"{name} (dev)"] = checkpoint.metrics["accuracy_dev"]
     detector = read_manifest(job.inputs["detector"], Checkpoint, check_files=False)
     stages = {"detector": detector, **checkpoints, "export": bundle, "verify": parity, "bench": latency}
     seconds = {name: artifact.provenance.seconds for name, artifact in stages.items()}

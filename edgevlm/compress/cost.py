@@ -1,4 +1,4 @@
-"""What a model costs: parameters and multiply-adds of the fusion, by formula (section 9.5 of the MiniVLM facts)."""
+"""What a model costs: parameters and multiply-adds of the fusion, by formula."""
 
 from edgevlm.artifacts import FusionConfig
 

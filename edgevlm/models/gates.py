@@ -1,4 +1,4 @@
-"""Hard-concrete gates for fusion heads and FFN neurons (Louizos et al. 2018; constants as in EfficientVLM's code)."""
+"""Hard-concrete gates for fusion heads and FFN neurons (Louizos and others, 2018; constants as in EfficientVLM's code)."""
 
 import math
 from typing import NamedTuple

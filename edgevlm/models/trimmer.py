@@ -9,7 +9,7 @@ from edgevlm.artifacts import FusionConfig
 class TokenTrimmer(nn.Module):
     """Scores (B, N) for region tokens from the token itself and the [CLS] token, which has read the text.
 
-    Bottleneck of hidden / 4 with GELU (facts of SmartTrim are unpublished; section 3.3 of our notes).
+    Bottleneck of hidden / 4 with GELU. SmartTrim's own sizes and formulas are unpublished.
     """
 
     def __init__(self, config: FusionConfig) -> None:

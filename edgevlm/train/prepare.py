@@ -1,4 +1,4 @@
-"""Stage `prepare`: what the dataset fixes for the whole run, i.e. vocabulary, labels and the preprocessing spec."""
+"""Stage `prepare`: what the dataset fixes for the whole run: vocabulary, labels and the preprocessing spec."""
 
 from edgevlm.artifacts import Vocabulary, write_manifest
 from edgevlm.data import open_reader

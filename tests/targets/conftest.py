@@ -1,5 +1,8 @@
 """One small model, exported once to every target for all tests of this folder."""
 
+import fcntl
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,9 +10,10 @@ import numpy as np
 import pytest
 
 from calibration.choose import choose, freeze
-from edgevlm.artifacts import Bundle, Checkpoint, Provenance
+from edgevlm.artifacts import Bundle, Checkpoint, Provenance, read_manifest
 from edgevlm.data.frames import Frames, Questions
-from edgevlm.models.vlm import VLM
+from edgevlm.models.vlm import VLM, load
+from edgevlm.progress import Reporter
 from edgevlm.recipe import CalibrationSection
 from targets.bundle import export_bundle
 from targets.source import Source
@@ -55,46 +59,52 @@ def make_frames(num: int, seed: int, size: int = 64) -> tuple[Frames, Questions]
     return frames, questions
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> tuple[VLM, Checkpoint, Path, Path]:
-    """Model, manifest, checkpoint folder and calibration folder."""
+def build_world(root: Path) -> None:
+    """Write checkpoint, calibration set and bundle under `root`."""
     model, manifest = lively.small_model()
-    folder = tmp_path_factory.mktemp("checkpoint")
-    manifest = lively.write_checkpoint(folder, model, manifest)
+    manifest = lively.write_checkpoint(root / "checkpoint", model, manifest)
     frames, questions = make_frames(80, seed=300)
     chosen = choose(frames, questions, manifest.labels, num=48, seed=0)
-    calibration = tmp_path_factory.mktemp("calibration")
     section = CalibrationSection(num_samples=48, min_samples=32)
     provenance = Provenance(stage="calibrate", key="c0")
     spec, tokenizer = manifest.preprocess, manifest.tokenizer
-    freeze(frames, questions, chosen, manifest.labels, section, spec, tokenizer, "tints", calibration, provenance)
-    return model, manifest, folder, calibration
-
-
-@pytest.fixture(scope="session")
-def world(checkpoint, tmp_path_factory) -> World:
-    """The bundle of all targets at both precisions."""
-    from edgevlm.progress import Reporter
-
+    out = root / "calibration"
+    freeze(frames, questions, chosen, manifest.labels, section, spec, tokenizer, "tints", out, provenance)
     said: list[str] = []
 
     class Listener(Reporter):
         def say(self, text: str) -> None:
             said.append(text)
 
-    model, manifest, folder, calibration = checkpoint
-    out = tmp_path_factory.mktemp("bundle")
-    bundle = export_bundle(
-        folder,
-        calibration,
+    (root / "bundle").mkdir()
+    export_bundle(
+        root / "checkpoint",
         out,
+        root / "bundle",
         targets=TARGET_NAMES,
         precisions=("fp32", "int8"),
         num_golden=6,
         provenance=Provenance(stage="export", key="e0", recipe={"name": "lively"}, parents={"trim": "k0"}),
         reporter=Listener(),
     )
-    return World(model, manifest, folder, calibration, out, bundle, said)
+    (root / "said.txt").write_text("\n".join(said))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The bundle of all targets at both precisions: exported once, also where several processes run the tests."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "targets-world"
+    with root.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "said.txt").is_file():
+            shutil.rmtree(root, ignore_errors=True)
+            root.mkdir()
+            build_world(root)
+    model, manifest = load(root / "checkpoint")
+    bundle = read_manifest(root / "bundle", Bundle)
+    said = (root / "said.txt").read_text().splitlines()
+    return World(model, manifest, root / "checkpoint", root / "calibration", root / "bundle", bundle, said)
 
 
 @pytest.fixture(scope="session")
