@@ -72,4 +72,4 @@ class GateFailed(EdgeVLMError):
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`" Did you mean 'x'?"`-style hint for a mistyped word, or an empty string if nothing is near."""
     matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f"did you mean '{matches[0]}'?" if matches else ""
+    return f"Did you mean '{matches[0]}'?" if matches else ""

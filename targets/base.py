@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from edgevlm.artifacts import ExportedModel
 from edgevlm.errors import TargetError, nearest
 from targets import runtime
+from targets.quiet import quiet
 from targets.runtime import Session
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ def open_model(model: ExportedModel, folder: Path, *, threads: int = 1) -> Sessi
         fix = "Open it on a Mac" if reason == runtime.COREML_ELSEWHERE else f"Run: {target.install}"
         raise TargetError(f"{model.target} models cannot run here ({reason})", fix)
     try:
-        return runtime.open_session(model.target, folder, model.programs, threads=threads)
+        with quiet():  # runtimes greet
+            return runtime.open_session(model.target, folder, model.programs, threads=threads)
     except Exception as problem:  # each runtime has exceptions of its own
         reason = " ".join(str(problem).split())[:300] or type(problem).__name__
         raise TargetError(

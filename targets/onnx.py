@@ -44,6 +44,8 @@ def export(source: Source, precision: str, out_dir: Path) -> ExportedModel:
         TargetError: int8 without calibration samples.
     """
     start = time.perf_counter()
+    if precision == "int8":
+        source.samples("onnx")  # before minutes of conversion
     models: dict[str, ModelProto] = {}
     for program in source.programs:
         model = source.onnx(program)

@@ -44,6 +44,8 @@ def export(source: Source, precision: str, out_dir: Path) -> ExportedModel:
         TargetError: int8 without calibration samples.
     """
     start = time.perf_counter()
+    if precision == "int8":
+        source.samples("openvino")  # before minutes of conversion
     scheme = FP32
     models = {program.name: _read(source, program) for program in source.programs}
     if precision == "int8":

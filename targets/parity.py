@@ -273,8 +273,8 @@ def box_match(want: Arrays, got: Arrays, score_threshold: float) -> float:
     ours, theirs = (torch.from_numpy(np.ascontiguousarray(x["boxes"], np.float32)) * 1000 for x in (want, got))
     # A box clipped to a line has no area and no IoU: it matches one in the same place.
     same_place = (ours.unsqueeze(2) - theirs.unsqueeze(1)).abs().amax(-1) <= 1.0
-    match: np.ndarray = ((box_iou(ours, theirs) >= MATCH_IOU) | same_place).numpy() & partner
-    return float(match.any(axis=2)[valid].mean()) if valid.any() else 1.0
+    match = np.asarray((box_iou(ours, theirs) >= MATCH_IOU) | same_place) & partner
+    return float(match.any(axis=2).astype(np.float64)[valid].mean()) if valid.any() else 1.0
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:

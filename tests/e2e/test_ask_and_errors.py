@@ -68,8 +68,8 @@ def test_ask_mistakes(rehearsal: Path, picture: Path, tmp_path: Path) -> None:
     refused("ask", bundle, cut, "is it?", saying="cut.jpg")
     refused("ask", bundle, huge_png(tmp_path / "huge.png"), "is it?", saying="50")
     refused("ask", bundle, picture, "is " * 60, saying="24")
-    refused("ask", bundle, picture, "  ", saying="empty")
-    refused("ask", bundle, picture, "is it?", "--rung", "fulll", saying="did you mean 'full'")
+    refused("ask", bundle, picture, "  ", saying="no words")
+    refused("ask", bundle, picture, "is it?", "--rung", "fulll", saying="Did you mean 'full'")
     refused("ask", bundle, picture, "is it?", "--target", "tensorrt", saying="tensorrt")
     refused("ask", tmp_path, picture, "is it?", saying="manifest.json is missing")
 
@@ -103,14 +103,14 @@ def test_altered_and_missing_files_are_refused(rehearsal: Path, picture: Path, t
 
 def test_run_mistakes(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    refused("run", "scenes-tinny", "--out", out, saying="did you mean 'scenes-tiny'")
-    refused("run", "test-scenes", "--out", out, "--set", "teacher.stepps=3", saying="did you mean 'steps'")
-    refused("run", "test-scenes", "--out", out, "--set", "data.dataset=scened", saying="did you mean 'scenes'")
+    refused("run", "scenes-tinny", "--out", out, saying="Did you mean 'scenes-tiny'")
+    refused("run", "test-scenes", "--out", out, "--set", "teacher.stepps=3", saying="Did you mean 'steps'")
+    refused("run", "test-scenes", "--out", out, "--set", "data.dataset=scened", saying="Did you mean 'scenes'")
     refused("run", "nlvr-tiny", "--out", out, saying="--data")
     refused("run", "nlvr-tiny", "--out", out, "--data", tmp_path / "nowhere", saying="nowhere")
-    refused("run", "test-scenes", "--out", out, "--set", "tee.name=test-te", saying="did you mean 'test-tee'")
+    refused("run", "test-scenes", "--out", out, "--set", "tee.name=test-te", saying="Did you mean 'test-tee'")
     refused("run", "test-scenes", "--out", out, "--set", "trim.rungs={full: 7}", saying="8")
-    refused("run", "test-scenes", "--out", out, "--set", "export.targets=[onxn]", saying="did you mean 'onnx'")
+    refused("run", "test-scenes", "--out", out, "--set", "export.targets=[onxn]", saying="Did you mean 'onnx'")
     assert not list(out.glob("*/manifest.json")), "a recipe's mistake is found before anything runs"
 
 

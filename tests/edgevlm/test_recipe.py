@@ -23,12 +23,12 @@ def test_shipped_recipes_load(name: str) -> None:
     ],
 )
 def test_unknown_key_names_the_nearest(override: str, named: str) -> None:
-    with pytest.raises(RecipeError, match=f"did you mean '{named}'"):
+    with pytest.raises(RecipeError, match=f"Did you mean '{named}'"):
         load_recipe("scenes-tiny", [override])
 
 
 def test_unknown_recipe_names_the_nearest() -> None:
-    with pytest.raises(RecipeError, match="did you mean 'scenes-tiny'"):
+    with pytest.raises(RecipeError, match="Did you mean 'scenes-tiny'"):
         load_recipe("scene-tiny")
 
 

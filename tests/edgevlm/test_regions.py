@@ -71,7 +71,7 @@ def bilinear(plane: np.ndarray, y: float, x: float) -> float:
     """Value at a point in map coordinates, where cell (0, 0) is centred on (0, 0); edges hold beyond the border."""
     height, width = plane.shape
     y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
-    y0, x0 = int(math.floor(y)), int(math.floor(x))
+    y0, x0 = math.floor(y), math.floor(x)
     y1, x1 = min(y0 + 1, height - 1), min(x0 + 1, width - 1)
     fy, fx = y - y0, x - x0
     top = plane[y0, x0] * (1 - fx) + plane[y0, x1] * fx

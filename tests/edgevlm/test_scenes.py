@@ -246,9 +246,9 @@ def test_open_reader_by_name() -> None:
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
-    with pytest.raises(RecipeError, match="did you mean 'scenes'"):
+    with pytest.raises(RecipeError, match="Did you mean 'scenes'"):
         open_reader(DataSection(dataset="scene"), "vqa", 0)
-    with pytest.raises(RecipeError, match="did you mean 'reasoning'"):
+    with pytest.raises(RecipeError, match="Did you mean 'reasoning'"):
         Scenes("reason", 0)
     with pytest.raises(DataError, match="no split 'valid'"):
         next(Scenes("vqa", 0).samples("valid", 1))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,7 @@ def test_int8_files_are_smaller_where_weights_count(world) -> None:
         return sum(f.stat().st_size for f in folder.rglob("*") if f.name in (SHARED_WEIGHTS, "weight.bin"))
 
     for target in ("onnx", "openvino"):
-        assert weights(target, "int8") < 0.6 * weights(target, "fp32"), target
+        assert weights(target, "int8") < 0.7 * weights(target, "fp32"), target
     assert weights("coreml", "int8") < 0.8 * weights("coreml", "fp32")
 
 
@@ -99,20 +100,41 @@ def test_openvino_gives_the_same_answers_from_the_onnx_files(world, samples) -> 
         assert np.abs(logits[0] - samples.logits["b5"][row]).max() <= 1e-4
 
 
-@pytest.mark.parametrize("target", ["onnx", "openvino", "coreml"])
+def constants(path: Path) -> dict[int, int]:
+    """Offset in weights.bin -> size, of the constants that one program's graph refers to."""
+    if path.suffix == ".xml":
+        data = ElementTree.parse(path).iterfind("./layers/layer[@type='Const']/data")
+        return {int(d.attrib["offset"]): int(d.attrib["size"]) for d in data}
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(path, load_external_data=False)
+    entries = [{e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data]
+    return {int(entry["offset"]): int(entry["length"]) for entry in entries}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_three_rungs_share_one_set_of_weights(world, target: str, precision: str) -> None:
-    """The weight file holds each weight once: it is no larger than all distinct parameters of the model."""
-    folder = world.bundle_dir / target / precision
-    size = sum(f.stat().st_size for f in folder.rglob("*") if f.name in (SHARED_WEIGHTS, "weight.bin"))
+@pytest.mark.parametrize("target", ["onnx", "openvino"])
+def test_rungs_share_one_set_of_weights(world, target: str, precision: str) -> None:
+    """What a second and third rung add to the weights file is at most 5 % of one (the trimmer aside)."""
+    files = {m.target + m.precision: m.programs for m in world.bundle.models}[target + precision]
+    places = {name: constants(world.bundle_dir / file) for name, file in files.items()}
+    b5, b3 = places["answer_b5"], places["answer_b3"]
+    added = sum(size for offset, size in b3.items() if offset not in b5)
+    total = sum((world.bundle_dir / model).stat().st_size for model in {*files.values()})
+    print(f"{target} {precision}: b3 adds {added} bytes of weights to b5's {sum(b5.values())}; graphs {total} bytes")
+    # NNCF corrects biases for each program by itself, so those of int8 differ between rungs.
+    allowed = 0.25 if (target, precision) == ("openvino", "int8") else 0.05
+    assert added <= allowed * sum(b5.values())
+    content = (world.bundle_dir / target / precision / SHARED_WEIGHTS).read_bytes()
+    pieces = {(offset, size) for place in places.values() for offset, size in place.items()}
+    assert len({content[o : o + n] for o, n in pieces}) == len(pieces), "the same bytes are stored twice"
+
+
+def test_core_ml_functions_share_one_set_of_weights(world) -> None:
+    size = (world.bundle_dir / "coreml/fp32/model.mlpackage/Data/com.apple.CoreML/weights/weight.bin").stat().st_size
     parameters = sum(p.numel() for p in world.model.parameters()) * 4
     answers = sum(p.numel() for name, p in world.model.named_parameters() if not name.startswith("tee.")) * 4
-    print(
-        f"{target} {precision}: weights {size} bytes; the model's parameters {parameters}, one answer program's {answers}"
-    )
-    # A second copy of the answer programs' weights would break it. NNCF corrects biases per program, hence the slack.
-    limit = parameters if precision == "fp32" else 0.75 * parameters
-    assert size < limit + 0.5 * answers
+    print(f"coreml fp32: weights {size} bytes; the model's parameters {parameters}, one answer program's {answers}")
+    assert size < parameters + 0.5 * answers
 
 
 def test_a_tflite_rung_costs_its_graph_only(world) -> None:
@@ -121,7 +143,7 @@ def test_a_tflite_rung_costs_its_graph_only(world) -> None:
     answers = sum(p.numel() for name, p in world.model.named_parameters() if not name.startswith("tee.")) * 4
     print(f"tflite bytes: {sizes}; parameters {parameters}, of one answer program {answers}")
     graph = sizes["fp32"] - parameters  # names, shapes and operators of four signatures
-    assert graph < 450_000
+    assert graph < 250_000
 
 
 def test_the_image_goes_in_as_bytes(world) -> None:
@@ -200,7 +222,7 @@ def test_open_bundle(world) -> None:
     bundle, model, session = open_bundle(world.bundle_dir, "onnx")
     assert (bundle.name, model.precision) == ("lively", "int8")
     assert session.run("encode_image", {"image": np.zeros((1, 64, 64, 3), np.uint8)})["boxes"].shape == (1, 8, 4)
-    with pytest.raises(TargetError, match="has no onnx at 'fp16'.*It has: fp32, int8"):
+    with pytest.raises(TargetError, match=r"has no onnx at 'fp16'.*It has: fp32, int8"):
         open_bundle(world.bundle_dir, "onnx", "fp16")
     with pytest.raises(BundleError, match="No bundle in"):
         open_bundle(world.checkpoint / "nowhere", "onnx")

@@ -1,7 +1,9 @@
+import importlib.util
 import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from edgevlm.artifacts import Bundle, Checkpoint, ExportFailure, Provenance, Rung, read_manifest, write_manifest
@@ -48,17 +50,21 @@ def test_report_on_a_sound_bundle(world: World) -> None:
     assert report.bundle_key == "e0"
 
 
-def export_wrong(world: World, folder: Path, change) -> Path:
+def export_wrong(world: World, folder: Path, change, *, encoder: bool = False) -> Path:
     """A bundle whose ONNX fp32 files come from a changed model, though it claims to be the original's."""
     model, manifest = load(world.checkpoint)
     manifest = change(model, manifest) or manifest
     shutil.copytree(world.bundle_dir, folder)
     wrong = folder / "onnx" / "fp32"
     shutil.rmtree(wrong)
-    export_onnx(Source(model, manifest), "fp32", wrong)
+    source = Source(model, manifest)
+    if not encoder:  # its graph is the same: take it from the files, weights and all
+        path = world.bundle_dir / "onnx" / "fp32" / "encode_image.onnx"
+        source.once("onnx/encode_image", lambda: onnx.load(path))
+    export_onnx(source, "fp32", wrong)
     bundle = read_manifest(folder, Bundle, check_files=False)
-    onnx = tuple(m for m in bundle.models if (m.target, m.precision) == ("onnx", "fp32"))
-    write_manifest(folder, bundle.model_copy(update={"models": onnx}))
+    models = tuple(m for m in bundle.models if (m.target, m.precision) == ("onnx", "fp32"))
+    write_manifest(folder, bundle.model_copy(update={"models": models}))
     return folder
 
 
@@ -84,7 +90,7 @@ def swap_words(model, manifest):
 
 
 def test_a_wrong_normalisation_fails(world: World, tmp_path: Path) -> None:
-    report = verify(export_wrong(world, tmp_path / "b", swap_mean_and_std), world.checkpoint)
+    report = verify(export_wrong(world, tmp_path / "b", swap_mean_and_std, encoder=True), world.checkpoint)
     assert {row.verdict for row in report.rows} == {"failed"}
     assert "logits differ by up to" in report.rows[0].reasons[0]
 
@@ -128,18 +134,33 @@ def test_what_could_not_be_exported_or_run_stays_visible(world: World, tmp_path:
     assert failed.reasons == ("not exported: ValueError: no",)
 
 
-def test_an_untrimmed_checkpoint_has_one_rung(world: World, tmp_path: Path) -> None:
+def test_an_untrimmed_checkpoint_where_one_target_is_missing(world: World, tmp_path: Path, monkeypatch) -> None:
+    """One rung, no calibration set, and a target that fails: the others go on, and the failure stays in sight."""
     model, manifest = load(world.checkpoint)
     folder = tmp_path / "checkpoint"
     lively.write_checkpoint(folder, model, manifest.model_copy(update={"rungs": ()}))
     (tmp_path / "b").mkdir()
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "coremltools" else find(n, *a))
     bundle = export_bundle(
-        folder, None, tmp_path / "b", targets=("onnx",), precisions=("fp32",), num_golden=3, provenance=PROVENANCE
+        folder,
+        None,
+        tmp_path / "b",
+        targets=("coreml", "onnx"),
+        precisions=("fp32",),
+        num_golden=3,
+        provenance=PROVENANCE,
     )
     assert [rung.name for rung in bundle.rungs] == ["full"]
+    assert [model.target for model in bundle.models] == ["onnx"]
+    assert "pip install 'edgevlm[coreml]'" in bundle.failures[0].reason
+    assert "not exported" in (tmp_path / "b/MODEL_CARD.md").read_text()
     assert "no calibration set was given" in (tmp_path / "b/golden/golden.json").read_text()
-    report = verify(tmp_path / "b", folder, num=10)
-    assert [(row.rung, row.verdict) for row in report.rows] == [("full", "passed")]
+    rows = verify(tmp_path / "b", folder, num=10).rows
+    assert [(row.target, row.rung, row.verdict) for row in rows] == [
+        ("onnx", "full", "passed"),
+        ("coreml", "full", "failed"),
+    ]
 
 
 def test_wilson_interval_against_published_values() -> None:
