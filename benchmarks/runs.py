@@ -25,9 +25,15 @@ def training_table(run: Path, scorecard: Scorecard) -> str:
         values += [checkpoint.metrics[f"accuracy_test.{k}"] for k in kinds]
         size = sum_parameters(checkpoint)
         lines.append(f"| {name} | {size:,} | " + " | ".join(f"{100 * value:.1f}" for value in values) + " |")
-    ladder = [f"{rung.name} {100 * checkpoints['trim'].metrics[f'accuracy_test@{rung.name}']:.1f}" for rung in checkpoints["trim"].rungs]
+    ladder = [
+        f"{rung.name} {100 * checkpoints['trim'].metrics[f'accuracy_test@{rung.name}']:.1f}"
+        for rung in checkpoints["trim"].rungs
+    ]
     detector = read_manifest(run / "detector", Checkpoint).metrics
-    lines += ["", f"Rungs on test: {', '.join(ladder)}. Detector on val: mAP {detector['map']:.3f}, AP50 {detector['ap50']:.3f}."]
+    lines += [
+        "",
+        f"Rungs on test: {', '.join(ladder)}. Detector on val: mAP {detector['map']:.3f}, AP50 {detector['ap50']:.3f}.",
+    ]
     seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in scorecard.stage_seconds.items())
     lines.append(f"Seconds: {seconds}.")
     return "\n".join(lines)
@@ -42,7 +48,9 @@ def sum_parameters(checkpoint: Checkpoint) -> int:
 
 def export_table(scorecard: Scorecard) -> str:
     """One row per target x precision x rung."""
-    lines = ["| target | precision | rung | MB | evidence | verdict | max logit difference | agreement % | accuracy % | p50 ms | against PyTorch |"]
+    lines = [
+        "| target | precision | rung | MB | evidence | verdict | max logit difference | agreement % | accuracy % | p50 ms | against PyTorch |"
+    ]
     lines.append("|---|---|---|--:|---|---|--:|--:|--:|--:|--:|")
     eager = {row.latency.rung: row.latency.p50_ms for row in scorecard.rows if row.parity.target == "pytorch"}
     for row in scorecard.rows:

@@ -18,6 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from edgevlm.errors import BundleError, CheckpointError, EdgeVLMError, OutputInUse
 
 MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
+"""Weights of a checkpoint."""
+VOCABULARY = "vocab.txt"
+"""WordPiece vocabulary beside a checkpoint and in a bundle."""
+ENCODE = "encode_image"
+"""Name of the program that turns pixels into regions."""
 SCHEMA_VERSION = 1
 
 
@@ -250,6 +256,11 @@ class CalibrationSet(Artifact):
     tokenizer_hash: str
     coverage: dict[str, float] = {}
     """Share of answers, classes and text lengths of the split that the set contains, 0..1."""
+
+
+def answer_name(rung: str) -> str:
+    """Name of the answer program of a rung."""
+    return f"answer_{rung}"
 
 
 class ExportedModel(Frozen):

@@ -6,14 +6,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from edgevlm.artifacts import Bundle, ExportedModel, read_manifest
+from edgevlm.artifacts import ENCODE, VOCABULARY, Bundle, ExportedModel, answer_name, read_manifest
 from edgevlm.data.preprocess import load_image, preprocess, unscale_boxes
 from edgevlm.data.text import Tokenizer
 from edgevlm.errors import TargetError, nearest
-from edgevlm.models.vlm import VOCABULARY
-from targets.base import runtime_status
-from targets.bundle import open_bundle
-from targets.program import ENCODE, answer_name
+from targets.base import open_model, runtime_status
+from targets.quiet import quiet
 
 PREFERENCE = ("tflite", "onnx", "openvino", "coreml")
 """Order in which a runtime is chosen when the user names none; int8 before fp32."""
@@ -65,11 +63,12 @@ def ask(
     ids = Tokenizer(folder / VOCABULARY, manifest.tokenizer).encode(question)
     rung = _choose_rung(manifest, rung)
     model = _choose_model(manifest, target, precision)
-    _, _, session = open_bundle(folder, model.target, model.precision, threads=threads, check=False)
+    session = open_model(model, folder, threads=threads)
     pixels = preprocess(pixels_from, manifest.preprocess)
-    encoded = session.run(ENCODE, {"image": pixels[None]})
-    output = session.run(answer_name(rung), {**encoded, "input_ids": ids[None].astype(np.int32)})
-    session.close()
+    with quiet():  # runtimes announce themselves at the first run
+        encoded = session.run(ENCODE, {"image": pixels[None]})
+        output = session.run(answer_name(rung), {**encoded, "input_ids": ids[None].astype(np.int32)})
+        session.close()
     logits = output["logits"][0].astype(np.float64)
     probabilities = np.exp(logits - logits.max())
     probabilities /= probabilities.sum()

@@ -53,12 +53,13 @@ def run(
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
 ) -> None:
     """Train, distil, prune, trim, export, verify, bench and score: one command, resumable."""
+    from edgevlm.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)  # a typo is found before torch is even loaded
     from edgevlm.pipeline import run as run_stages
     from edgevlm.progress import ConsoleReporter
-    from edgevlm.recipe import load_recipe
     from edgevlm.stages import STAGES, check, show_scorecard
 
-    loaded = load_recipe(recipe, overrides)
     check(loaded, data)
     folder = out or Path("runs") / loaded.name
     folders = run_stages(STAGES, loaded, folder, data_path=data, until=until, reporter=ConsoleReporter())

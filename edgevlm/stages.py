@@ -11,6 +11,7 @@ from rich.console import Console
 
 from edgevlm import __version__
 from edgevlm.artifacts import (
+    VOCABULARY,
     Artifact,
     Bundle,
     CalibrationSet,
@@ -36,7 +37,6 @@ from edgevlm.errors import BundleError, GateFailed
 from edgevlm.job import Job
 from edgevlm.models.backbone import create_trunk
 from edgevlm.models.registry import resolve_fusion, resolve_tee
-from edgevlm.models.vlm import VOCABULARY
 from edgevlm.pipeline import Stage
 from edgevlm.progress import Reporter
 from edgevlm.recipe import BenchSection, Recipe, parse_recipe

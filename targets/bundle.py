@@ -15,6 +15,7 @@ from typing import Any
 
 from calibration.choose import load as load_calibration
 from edgevlm.artifacts import (
+    VOCABULARY,
     Bundle,
     Checkpoint,
     ExportedModel,
@@ -26,7 +27,7 @@ from edgevlm.artifacts import (
 )
 from edgevlm.data.text import Tokenizer
 from edgevlm.errors import EdgeVLMError, TargetError, nearest
-from edgevlm.models.vlm import VOCABULARY, load
+from edgevlm.models.vlm import load
 from edgevlm.progress import Reporter
 from targets.base import check_target, load_exporter, open_model
 from targets.golden import write_golden

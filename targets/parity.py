@@ -274,7 +274,8 @@ def box_match(want: Arrays, got: Arrays, score_threshold: float) -> float:
     # A box clipped to a line has no area and no IoU: it matches one in the same place.
     same_place = (ours.unsqueeze(2) - theirs.unsqueeze(1)).abs().amax(-1) <= 1.0
     match = np.asarray((box_iou(ours, theirs) >= MATCH_IOU) | same_place) & partner
-    return float(match.any(axis=2).astype(np.float64)[valid].mean()) if valid.any() else 1.0
+    found: np.ndarray = np.any(match, axis=2)  # pyright: ignore[reportAssignmentType]
+    return float(found[valid].mean()) if valid.any() else 1.0
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:

@@ -13,16 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgevlm.artifacts import Checkpoint, Rung
+from edgevlm.artifacts import ENCODE, Checkpoint, Rung, answer_name
 from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM
-
-ENCODE = "encode_image"
-
-
-def answer_name(rung: str) -> str:
-    """Name of the answer program of a rung."""
-    return f"answer_{rung}"
 
 
 class EncodeImage(nn.Module):

@@ -8,6 +8,7 @@ scores. `image` is uint8 and stays so: the graph casts, scales and normalises.
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from edgevlm.artifacts import ExportedModel
 from targets.base import TARGETS
@@ -103,7 +104,7 @@ def _short_names(content: bytes) -> bytes:
     """
     from ai_edge_litert.tools import flatbuffer_utils
 
-    model = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
+    model: Any = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
     for subgraph in model.subgraphs:
         for index, tensor in enumerate(subgraph.tensors):
             tensor.name = str(index).encode()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgevlm.artifacts import Checkpoint, ModelConfig
+from edgevlm.artifacts import VOCABULARY, Checkpoint, ModelConfig
 from edgevlm.errors import CheckpointError
 from edgevlm.job import Job
 from edgevlm.models import vlm
@@ -144,4 +144,4 @@ def distil(job: Job) -> Checkpoint:
     manifest = manifest.model_copy(
         update={"provenance": job.provenance, "model": config, "task": recipe.task, "metrics": metrics}
     )
-    return save_checkpoint(job.out_dir, student.cpu(), job.inputs["prepare"] / vlm.VOCABULARY, manifest)
+    return save_checkpoint(job.out_dir, student.cpu(), job.inputs["prepare"] / VOCABULARY, manifest)

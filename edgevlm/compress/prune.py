@@ -7,7 +7,7 @@ once the structure is chosen; weights removed, not masked. Gates on the extracto
 import torch
 from torch import Tensor, nn
 
-from edgevlm.artifacts import Checkpoint, FusionConfig
+from edgevlm.artifacts import VOCABULARY, Checkpoint, FusionConfig
 from edgevlm.compress.cost import head_parameters, neuron_parameters, prunable_parameters
 from edgevlm.compress.distil import DistilObjective, load_teacher
 from edgevlm.compress.shrink import choose_kept, fusion_parameters, shrink
@@ -107,4 +107,4 @@ def prune(job: Job) -> Checkpoint:
     metrics = evaluate(student, job) | {"sparsity": achieved}
     report(job, "pruned", metrics)
     manifest = manifest.model_copy(update={"provenance": job.provenance, "model": student.config, "metrics": metrics})
-    return save_checkpoint(job.out_dir, student.cpu(), job.inputs["prepare"] / vlm.VOCABULARY, manifest)
+    return save_checkpoint(job.out_dir, student.cpu(), job.inputs["prepare"] / VOCABULARY, manifest)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgevlm.artifacts import Checkpoint, Rung
+from edgevlm.artifacts import VOCABULARY, Checkpoint, Rung
 from edgevlm.compress.cost import fusion_macs
 from edgevlm.compress.distil import logit_loss
 from edgevlm.errors import RecipeError
@@ -122,4 +122,4 @@ def trim(job: Job) -> Checkpoint:
     manifest = manifest.model_copy(
         update={"provenance": job.provenance, "model": config, "metrics": metrics, "rungs": tuple(rungs)}
     )
-    return save_checkpoint(job.out_dir, model.cpu(), job.inputs["prepare"] / vlm.VOCABULARY, manifest)
+    return save_checkpoint(job.out_dir, model.cpu(), job.inputs["prepare"] / VOCABULARY, manifest)

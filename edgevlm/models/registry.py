@@ -19,7 +19,7 @@ TEES: dict[str, TEEConfig] = {
         roi_hidden=32,
     ),
     # P2 and anchors of 16, 32, 64 px: objects of 16 px have two cells at stride 8, too few to tell a star from a cross.
-    "edge-nano": TEEConfig(trunk="edgevlm_nano", first_level=2, anchor_scale=4.0, fpn_channels=40, fpn_repeats=2),
+    "edge-nano": TEEConfig(trunk="edgevlm_nano", first_level=2, anchor_scale=4.0, fpn_channels=32, fpn_repeats=1),
 }
 """Extractor name -> config."""
 

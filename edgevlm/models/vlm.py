@@ -7,15 +7,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from edgevlm.artifacts import Checkpoint, Labels, ModelConfig, PreprocessSpec, TokenizerSpec, read_manifest
+from edgevlm.artifacts import WEIGHTS, Checkpoint, Labels, ModelConfig, PreprocessSpec, TokenizerSpec, read_manifest
 from edgevlm.errors import CheckpointError
 from edgevlm.models.fusion import Fusion, FusionOutput
 from edgevlm.models.gates import LayerGates
 from edgevlm.models.heads import AnswerHead
 from edgevlm.models.tee import TEE, Regions
-
-WEIGHTS = "model.safetensors"
-VOCABULARY = "vocab.txt"
 
 
 class Answer(NamedTuple):

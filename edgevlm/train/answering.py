@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgevlm.artifacts import Checkpoint, ModelConfig
+from edgevlm.artifacts import VOCABULARY, Checkpoint, ModelConfig
 from edgevlm.job import Job
 from edgevlm.models import vlm
 from edgevlm.models.fusion import FusionOutput
@@ -135,4 +135,4 @@ def train_teacher(job: Job) -> Checkpoint:
     manifest = manifest.model_copy(
         update={"provenance": job.provenance, "model": config, "task": recipe.task, "metrics": metrics}
     )
-    return save_checkpoint(job.out_dir, model.cpu(), job.inputs["prepare"] / vlm.VOCABULARY, manifest)
+    return save_checkpoint(job.out_dir, model.cpu(), job.inputs["prepare"] / VOCABULARY, manifest)

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from safetensors.torch import save_file
 
-from edgevlm.artifacts import Artifact, Checkpoint, write_manifest
-from edgevlm.models.vlm import VLM, VOCABULARY, WEIGHTS
+from edgevlm.artifacts import VOCABULARY, WEIGHTS, Artifact, Checkpoint, write_manifest
+from edgevlm.models.vlm import VLM
 from edgevlm.train.loop import SNAPSHOTS
 
 A = TypeVar("A", bound=Artifact)

@@ -4,13 +4,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgevlm.artifacts import Checkpoint, ModelConfig, Vocabulary, read_manifest
+from edgevlm.artifacts import VOCABULARY, Checkpoint, ModelConfig, Vocabulary, read_manifest
 from edgevlm.data import open_reader
 from edgevlm.data.frames import Frames, materialise
 from edgevlm.job import Job
 from edgevlm.models.registry import FUSIONS, resolve_tee
 from edgevlm.models.tee import TEE
-from edgevlm.models.vlm import VLM, VOCABULARY
+from edgevlm.models.vlm import VLM
 from edgevlm.tasks.detection import DetectionObjective, detect, mean_average_precision
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.loop import Batch, fit

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgevlm.artifacts import Checkpoint, Labels, RegionCache, TokenizerSpec, read_manifest
+from edgevlm.artifacts import VOCABULARY, WEIGHTS, Checkpoint, Labels, RegionCache, TokenizerSpec, read_manifest
 from edgevlm.data import open_reader
 from edgevlm.data.frames import Frames, make_questions
 from edgevlm.data.text import Tokenizer
@@ -118,7 +118,7 @@ def cache_regions(job: Job) -> RegionCache:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tee = model.tee.to(device)
     tokenizer_spec: TokenizerSpec = manifest.tokenizer
-    tokenizer = Tokenizer(source / vlm.VOCABULARY, tokenizer_spec)
+    tokenizer = Tokenizer(source / VOCABULARY, tokenizer_spec)
     reader = open_reader(recipe.data, recipe.task, recipe.seed, job.data_path)
     counts: dict[str, int] = {}
     for split in reader.splits:
@@ -130,7 +130,7 @@ def cache_regions(job: Job) -> RegionCache:
     cache = RegionCache(
         provenance=job.provenance,
         preprocess_hash=manifest.preprocess.hash,
-        extractor_hash=detector.files[vlm.WEIGHTS],
+        extractor_hash=detector.files[WEIGHTS],
         num_images=counts,
     )
     return finish(job.out_dir, cache)

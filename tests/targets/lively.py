@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgevlm.artifacts import (
+    VOCABULARY,
+    WEIGHTS,
     Checkpoint,
     FusionConfig,
     Labels,
@@ -29,7 +31,7 @@ from edgevlm.artifacts import (
 )
 from edgevlm.models.registry import FUSIONS, TEES
 from edgevlm.models.tee import Regions
-from edgevlm.models.vlm import VLM, VOCABULARY, WEIGHTS
+from edgevlm.models.vlm import VLM
 
 WORDS = ("is", "it", "red", "green", "blue", "the", "scene", "a", "tint", "?", "what", "of", "picture", "this", "here")
 VOCAB = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)
