@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from edgevlm.artifacts import Checkpoint, Scorecard, read_manifest
+from edgevlm.artifacts import Checkpoint, Scorecard
+from edgevlm.manifests import read_manifest
 from edgevlm.report.table import day, machine
 
 STAGES = ("teacher", "distil", "prune", "trim")

@@ -9,17 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edgevlm.artifacts import (
-    CalibrationSet,
-    Labels,
-    PreprocessSpec,
-    Provenance,
-    TokenizerSpec,
-    read_manifest,
-    write_manifest,
-)
+from edgevlm.artifacts import CalibrationSet, Labels, PreprocessSpec, Provenance, TokenizerSpec
 from edgevlm.data.frames import Frames, Questions
 from edgevlm.errors import CalibrationError, CheckpointError
+from edgevlm.manifests import read_manifest, write_manifest
 from edgevlm.recipe import CalibrationSection
 
 FILE = "calibration.npz"

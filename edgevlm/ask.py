@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from edgevlm.artifacts import ENCODE, VOCABULARY, Bundle, ExportedModel, answer_name, read_manifest
+from edgevlm.artifacts import ENCODE, VOCABULARY, Bundle, ExportedModel, answer_name
 from edgevlm.data.preprocess import load_image, preprocess, unscale_boxes
 from edgevlm.data.text import Tokenizer
 from edgevlm.errors import TargetError, nearest
+from edgevlm.manifests import read_manifest
 from targets.base import open_model, runtime_status
 from targets.quiet import quiet
 

@@ -18,9 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from edgevlm import __version__
-from edgevlm.artifacts import MANIFEST, Artifact, Provenance, digest
+from edgevlm.artifacts import Artifact, Provenance, digest
 from edgevlm.errors import DataError, OutputInUse, RecipeError, nearest
 from edgevlm.job import Job
+from edgevlm.manifests import MANIFEST
 from edgevlm.progress import Reporter
 from edgevlm.recipe import Recipe
 

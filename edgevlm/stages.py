@@ -22,9 +22,6 @@ from edgevlm.artifacts import (
     Provenance,
     Scorecard,
     digest,
-    read_manifest,
-    whole_folder,
-    write_manifest,
 )
 from edgevlm.bench.local import bench_bundle
 from edgevlm.compress.distil import distil
@@ -35,6 +32,7 @@ from edgevlm.data.frames import Frames, Questions, make_questions
 from edgevlm.data.text import Tokenizer
 from edgevlm.errors import BundleError, GateFailed
 from edgevlm.job import Job
+from edgevlm.manifests import read_manifest, whole_folder, write_manifest
 from edgevlm.models.backbone import create_trunk
 from edgevlm.models.registry import resolve_fusion, resolve_tee
 from edgevlm.pipeline import Stage

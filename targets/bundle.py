@@ -14,19 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from calibration.choose import load as load_calibration
-from edgevlm.artifacts import (
-    VOCABULARY,
-    Bundle,
-    Checkpoint,
-    ExportedModel,
-    ExportFailure,
-    PreprocessSpec,
-    Provenance,
-    read_manifest,
-    write_manifest,
-)
+from edgevlm.artifacts import VOCABULARY, Bundle, Checkpoint, ExportedModel, ExportFailure, PreprocessSpec, Provenance
 from edgevlm.data.text import Tokenizer
 from edgevlm.errors import EdgeVLMError, TargetError, nearest
+from edgevlm.manifests import read_manifest, write_manifest
 from edgevlm.models.vlm import load
 from edgevlm.progress import Reporter
 from targets.base import check_target, load_exporter, open_model

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgevlm.artifacts import Bundle, ExportedModel, ParityReport, ParityRow, Provenance, read_manifest
+from edgevlm.artifacts import Bundle, ExportedModel, ParityReport, ParityRow, Provenance
 from edgevlm.data.frames import Questions
 from edgevlm.errors import BundleError
+from edgevlm.manifests import read_manifest
 from edgevlm.models.regions import box_iou
 from edgevlm.models.vlm import load
 from edgevlm.progress import Reporter
@@ -240,7 +241,8 @@ def compare(
             reasons.append(f"agreement {agreement:.4f}, at least {settings.min_agreement_fp32:g}")
         if reasons and same_input <= limit:
             reasons.append(
-                f"on PyTorch's regions they differ by {same_input:.2g} only: the encoder ordered nearly equal boxes otherwise"
+                f"on PyTorch's regions they differ by {same_input:.2g} only: "
+                + _encoder_difference(samples, outputs, difference.max(1) > limit, score_threshold)
             )
     elif metric < settings.min_retention_int8 * expected:
         reasons.append(
@@ -263,6 +265,18 @@ def compare(
         reference_metric=expected,
         reasons=tuple(reasons),
     )
+
+
+def _encoder_difference(samples: Samples, outputs: Outputs, beyond_Q: np.ndarray, score_threshold: float) -> str:
+    """What the encoder did to the images of the samples beyond the limit, in words."""
+    images = np.unique(samples.image_index[beyond_Q])
+    want, got = ({name: x[images] for name, x in regions.items()} for regions in (samples.regions, outputs.regions))
+    valid = want["scores"] >= score_threshold
+    moved = (np.abs(want["boxes"] - got["boxes"]).max(-1) > 1e-3) & valid
+    if moved.any():
+        return f"the encoder chose or ordered nearly equal boxes otherwise in {int(moved.any(1).sum())} images"
+    largest = float(np.abs(want["features"] - got["features"]).max(-1)[valid].max()) if valid.any() else 0.0
+    return f"the boxes are the same, features differ by {largest:.2g}, and these questions amplify it"
 
 
 def box_match(want: Arrays, got: Arrays, score_threshold: float) -> float:

@@ -9,17 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from edgevlm.artifacts import (
-    Bundle,
-    DeviceReport,
-    ExportedModel,
-    LatencyRow,
-    Provenance,
-    read_manifest,
-)
+from edgevlm.artifacts import Bundle, DeviceReport, ExportedModel, LatencyRow, Provenance
 from edgevlm.bench import runner
 from edgevlm.bench.facts import device_facts
 from edgevlm.bench.stats import summarise
+from edgevlm.manifests import read_manifest
 from edgevlm.progress import Reporter
 from edgevlm.recipe import BenchSection
 from targets import runtime

@@ -12,8 +12,9 @@ import numpy as np
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from edgevlm.artifacts import TokenizerSpec, file_sha256
+from edgevlm.artifacts import TokenizerSpec
 from edgevlm.errors import DataError, TextError
+from edgevlm.manifests import file_sha256
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """Position = id, in every vocabulary."""

@@ -7,8 +7,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from edgevlm.artifacts import WEIGHTS, Checkpoint, Labels, ModelConfig, PreprocessSpec, TokenizerSpec, read_manifest
+from edgevlm.artifacts import WEIGHTS, Checkpoint, Labels, ModelConfig, PreprocessSpec, TokenizerSpec
 from edgevlm.errors import CheckpointError
+from edgevlm.manifests import read_manifest
 from edgevlm.models.fusion import Fusion, FusionOutput
 from edgevlm.models.gates import LayerGates
 from edgevlm.models.heads import AnswerHead

@@ -6,7 +6,8 @@ from typing import TypeVar
 
 from safetensors.torch import save_file
 
-from edgevlm.artifacts import VOCABULARY, WEIGHTS, Artifact, Checkpoint, write_manifest
+from edgevlm.artifacts import VOCABULARY, WEIGHTS, Artifact, Checkpoint
+from edgevlm.manifests import write_manifest
 from edgevlm.models.vlm import VLM
 from edgevlm.train.loop import SNAPSHOTS
 

@@ -4,10 +4,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgevlm.artifacts import VOCABULARY, Checkpoint, ModelConfig, Vocabulary, read_manifest
+from edgevlm.artifacts import VOCABULARY, Checkpoint, ModelConfig, Vocabulary
 from edgevlm.data import open_reader
 from edgevlm.data.frames import Frames, materialise
 from edgevlm.job import Job
+from edgevlm.manifests import read_manifest
 from edgevlm.models.registry import FUSIONS, resolve_tee
 from edgevlm.models.tee import TEE
 from edgevlm.models.vlm import VLM

@@ -1,9 +1,10 @@
 """Stage `prepare`: what the dataset fixes for the whole run: vocabulary, labels and the preprocessing spec."""
 
-from edgevlm.artifacts import VOCABULARY, Vocabulary, write_manifest
+from edgevlm.artifacts import VOCABULARY, Vocabulary
 from edgevlm.data import open_reader
 from edgevlm.data.text import make_spec, train_vocabulary, write_vocabulary
 from edgevlm.job import Job
+from edgevlm.manifests import write_manifest
 
 MAX_SAMPLES = 1000
 """Enough texts for a vocabulary; drawing more changes nothing."""

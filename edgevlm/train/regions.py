@@ -13,11 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgevlm.artifacts import VOCABULARY, WEIGHTS, Checkpoint, Labels, RegionCache, TokenizerSpec, read_manifest
+from edgevlm.artifacts import VOCABULARY, WEIGHTS, Checkpoint, Labels, RegionCache, TokenizerSpec
 from edgevlm.data import open_reader
 from edgevlm.data.frames import Frames, make_questions
 from edgevlm.data.text import Tokenizer
 from edgevlm.job import Job
+from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
 from edgevlm.models.regions import box_iou
 from edgevlm.models.tee import TEE, Regions

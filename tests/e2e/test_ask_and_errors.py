@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgevlm.artifacts import Bundle, read_manifest
+from edgevlm.artifacts import Bundle
 from edgevlm.data.scenes import Scenes
+from edgevlm.manifests import read_manifest
 from tests.e2e.conftest import edgevlm
 
 

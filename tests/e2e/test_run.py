@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from edgevlm.artifacts import KINDS, Bundle, ParityReport, Scorecard, read_manifest
+from edgevlm.artifacts import KINDS, Bundle, ParityReport, Scorecard
+from edgevlm.manifests import read_manifest
 from edgevlm.stages import STAGES
 from tests.e2e.conftest import edgevlm
 

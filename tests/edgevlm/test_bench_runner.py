@@ -8,18 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from edgevlm.artifacts import (
-    Bundle,
-    Checkpoint,
-    ExportedModel,
-    ExportFailure,
-    LatencyRow,
-    Provenance,
-    Rung,
-    write_manifest,
-)
+from edgevlm.artifacts import Bundle, Checkpoint, ExportedModel, ExportFailure, LatencyRow, Provenance, Rung
 from edgevlm.bench import runner
 from edgevlm.bench.local import bench_bundle, run_in_process
+from edgevlm.manifests import write_manifest
 from edgevlm.recipe import BenchSection
 from targets.program import build_programs
 from tests.edgevlm.tiny import LABELS, SPEC, TOKENIZER, tiny_ids, tiny_vlm

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from edgevlm.artifacts import Artifact, RegionCache, read_manifest, write_manifest
+from edgevlm.artifacts import Artifact, RegionCache
 from edgevlm.errors import CheckpointError, DataError, OutputInUse, RecipeError
 from edgevlm.job import Job
+from edgevlm.manifests import read_manifest, write_manifest
 from edgevlm.pipeline import Stage, data_fingerprint, run, stage_keys
 from edgevlm.recipe import load_recipe
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from calibration.choose import choose, freeze
-from edgevlm.artifacts import Bundle, Checkpoint, Provenance, read_manifest
+from edgevlm.artifacts import Bundle, Checkpoint, Provenance
 from edgevlm.data.frames import Frames, Questions
+from edgevlm.manifests import read_manifest
 from edgevlm.models.vlm import VLM, load
 from edgevlm.progress import Reporter
 from edgevlm.recipe import CalibrationSection

@@ -26,9 +26,8 @@ from edgevlm.artifacts import (
     Rung,
     TEEConfig,
     TokenizerSpec,
-    file_sha256,
-    write_manifest,
 )
+from edgevlm.manifests import file_sha256, write_manifest
 from edgevlm.models.registry import FUSIONS, TEES
 from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM

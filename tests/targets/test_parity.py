@@ -6,8 +6,9 @@ import numpy as np
 import onnx
 import pytest
 
-from edgevlm.artifacts import Bundle, Checkpoint, ExportFailure, Provenance, Rung, read_manifest, write_manifest
+from edgevlm.artifacts import Bundle, Checkpoint, ExportFailure, Provenance, Rung
 from edgevlm.errors import BundleError
+from edgevlm.manifests import read_manifest, write_manifest
 from edgevlm.models.vlm import load
 from edgevlm.recipe import VerifySection
 from targets import parity
