@@ -125,6 +125,7 @@ class VerifySection(Section):
     num_samples: int = Field(600, gt=0)
     """Validation questions that every exported file answers."""
     max_abs_logits_fp32: float = Field(1e-4, gt=0)
+    """Largest difference of a logit from PyTorch's, pixels to logits; where logits exceed 10, it grows with them."""
     min_agreement_fp32: float = Field(0.999, ge=0, le=1)
     min_retention_int8: float = Field(0.98, ge=0, le=1)
     """Task metric of an int8 file / PyTorch fp32 on the same samples and rung."""
