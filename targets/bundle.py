@@ -7,9 +7,11 @@ bundle/
 """
 
 import json
+import multiprocessing
 import shutil
-import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from targets.quiet import quiet
 from targets.runtime import Session
 from targets.source import CalibrationData, Source
 
+GROUPS = (("tflite",), ("onnx", "openvino"), ("coreml",))
+"""Targets exported by one process, the longest first: OpenVINO reads the ONNX form. A crash takes only its group's rows."""
 PREFERENCE = ("int8", "fp32")
 """Which precision is opened where none is named."""
 
@@ -70,19 +74,9 @@ def export_bundle(
     model, manifest = load(checkpoint_dir)
     source = Source(model, manifest, _calibration(calibration_dir, manifest))
     tokenizer = Tokenizer(checkpoint_dir / VOCABULARY, manifest.tokenizer)
-    models: list[ExportedModel] = []
-    failures: list[ExportFailure] = []
-    for target in targets:
-        for precision in precisions:
-            start = time.monotonic()
-            exported = _export_one(source, target, precision, out_dir, verbose)
-            if isinstance(exported, ExportedModel):
-                models.append(exported)
-                seconds = time.monotonic() - start
-                reporter.say(f"  {target} {precision}: {exported.size_mb:.2f} MB, {seconds:.0f} s ({exported.scheme})")
-            else:
-                failures.append(exported)
-                reporter.say(f"  {target} {precision}: not exported: {exported.reason}")
+    exported = _export_all(checkpoint_dir, calibration_dir, out_dir, targets, precisions, reporter, verbose)
+    models = [result for result in exported if isinstance(result, ExportedModel)]
+    failures = [result for result in exported if isinstance(result, ExportFailure)]
     if not models:
         reasons = "; ".join(sorted({f"{failure.target}: {failure.reason}" for failure in failures}))
         raise TargetError(
@@ -144,6 +138,65 @@ def open_bundle(
         )
     model = of_target[precision]
     return bundle, model, open_model(model, folder, threads=threads)
+
+
+def _export_all(
+    checkpoint_dir: Path,
+    calibration_dir: Path | None,
+    out_dir: Path,
+    targets: Sequence[str],
+    precisions: Sequence[str],
+    reporter: Reporter,
+    verbose: bool,
+) -> list[ExportedModel | ExportFailure]:
+    """Every target x precision in the order asked for; two groups at a time, each in a process of its own."""
+    missing = {target: reason for target in targets if (reason := _why_missing(target))}
+    groups = [chosen for group in GROUPS if (chosen := tuple(t for t in targets if t in group and t not in missing))]
+
+    def run(group: tuple[str, ...]) -> list[ExportedModel | ExportFailure]:
+        arguments = (checkpoint_dir, calibration_dir, out_dir, group, tuple(precisions), verbose)
+        try:
+            # 'spawn': a converter's threads and a fork of torch's do not get along.
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                results = pool.submit(_export_group, *arguments).result()
+        except BrokenProcessPool:
+            reason = "the converter's process ended without a result (crashed, or ran out of memory)"
+            results = [ExportFailure(target=t, precision=p, reason=reason) for t in group for p in precisions]
+        for result in results:
+            if isinstance(result, ExportedModel):
+                reporter.say(f"  {result.target} {result.precision}: {result.size_mb:.2f} MB, {result.seconds:.0f} s")
+            else:
+                reporter.say(f"  {result.target} {result.precision}: not exported: {result.reason}")
+        return results
+
+    with ThreadPoolExecutor(2) as pool:
+        results = [result for group in pool.map(run, groups) for result in group]
+    for target, reason in missing.items():
+        results += [ExportFailure(target=target, precision=precision, reason=reason) for precision in precisions]
+        reporter.say(f"  {target}: not exported: {reason}")
+    return sorted(results, key=lambda result: (targets.index(result.target), precisions.index(result.precision)))
+
+
+def _why_missing(target: str) -> str:
+    try:
+        load_exporter(target)
+    except TargetError as problem:
+        return str(problem)
+    return ""
+
+
+def _export_group(
+    checkpoint_dir: Path,
+    calibration_dir: Path | None,
+    out_dir: Path,
+    targets: tuple[str, ...],
+    precisions: tuple[str, ...],
+    verbose: bool,
+) -> list[ExportedModel | ExportFailure]:
+    """Targets that share conversion steps, one after the other."""
+    model, manifest = load(checkpoint_dir)
+    source = Source(model, manifest, _calibration(calibration_dir, manifest))
+    return [_export_one(source, target, precision, out_dir, verbose) for target in targets for precision in precisions]
 
 
 def _export_one(
