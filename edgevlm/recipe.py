@@ -83,7 +83,7 @@ class PruneSection(TrainSection):
     """Share of the prunable fusion parameters to remove."""
     ramp: float = Field(0.5, gt=0, le=1)
     """Share of the pruning steps over which the target rises from 0; one ramp for the whole run."""
-    gate_lr: float = Field(0.05, gt=0)
+    gate_lr: float = Field(0.1, gt=0)
     recover_steps: int = Field(200, ge=0)
     """Steps of fine-tuning after the physical shrinking."""
     round_to: int = Field(8, gt=0)

@@ -22,6 +22,7 @@ from edgevlm.errors import EdgeVLMError, TargetError, nearest
 from edgevlm.manifests import read_manifest, write_manifest
 from edgevlm.models.vlm import load
 from edgevlm.progress import Reporter
+from edgevlm.quiet import hush
 from targets.base import check_target, load_exporter, open_model
 from targets.golden import write_golden
 from targets.model_card import model_card
@@ -194,6 +195,8 @@ def _export_group(
     verbose: bool,
 ) -> list[ExportedModel | ExportFailure]:
     """Targets that share conversion steps, one after the other."""
+    if not verbose:
+        hush()
     model, manifest = load(checkpoint_dir)
     source = Source(model, manifest, _calibration(calibration_dir, manifest))
     return [_export_one(source, target, precision, out_dir, verbose) for target in targets for precision in precisions]

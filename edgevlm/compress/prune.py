@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm.artifacts import VOCABULARY, Checkpoint, FusionConfig
-from edgevlm.compress.cost import head_parameters, neuron_parameters, prunable_parameters
 from edgevlm.compress.distil import DistilObjective, load_teacher
-from edgevlm.compress.shrink import choose_kept, fusion_parameters, shrink
+from edgevlm.compress.shrink import choose_kept, expected_sparsity, fusion_parameters, shrink
 from edgevlm.job import Job
 from edgevlm.models import vlm
 from edgevlm.models.gates import FusionGates
@@ -23,14 +22,6 @@ from edgevlm.train.regions import RegionSplit
 def target_sparsity(step: int, steps: int, ramp: float, final: float) -> float:
     """Linear rise from 0 to `final` over the first `ramp` of the steps, then constant: one counter, never restarted."""
     return final * min(1.0, (step + 1) / max(1.0, ramp * steps))
-
-
-def expected_sparsity(gates: FusionGates, config: FusionConfig) -> Tensor:
-    """1 - E[kept prunable parameters] / prunable parameters; differentiable in the gates."""
-    head, neuron = head_parameters(config.hidden, config.head_dim), neuron_parameters(config.hidden)
-    counts = [(gate, head) for gate in gates.heads] + [(gate, neuron) for gate in gates.neurons]
-    kept = torch.stack([gate.keep_probability().sum() * size for gate, size in counts]).sum()  # pyright: ignore
-    return 1.0 - kept / prunable_parameters(config)
 
 
 class PruneObjective(nn.Module):
@@ -86,7 +77,7 @@ def prune(job: Job) -> Checkpoint:
         after_step=lambda _: objective.gates.clamp_(),
         **common,
     )
-    kept = choose_kept(objective.gates, section.round_to)
+    kept = choose_kept(objective.gates, config, section.sparsity, section.round_to)
     before = fusion_parameters(student.fusion)
     shrink(student, kept)
     achieved = 1 - fusion_parameters(student.fusion) / before

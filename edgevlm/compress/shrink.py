@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm.artifacts import FusionConfig
+from edgevlm.compress.cost import head_parameters, neuron_parameters, prunable_parameters
 from edgevlm.models.fusion import Fusion, Layer
 from edgevlm.models.gates import FusionGates, LayerGates
 from edgevlm.models.vlm import VLM
@@ -28,9 +29,11 @@ class Kept:
         return [LayerGates(mask(heads, nh), mask(neurons, nf)) for heads, nh, neurons, nf in sizes]
 
 
-def choose_kept(gates: FusionGates, round_to: int) -> Kept:
+def choose_kept(gates: FusionGates, config: FusionConfig, sparsity: float, round_to: int) -> Kept:
     """The structure that the gates have learned: per layer, the expected number of the likeliest gates.
 
+    A short run may end before the Lagrangian has met its target. All gates are therefore shifted together until the
+    expected sparsity is the one asked for; what they have learned, their order and the split between layers, stays.
     At least one head and `round_to` neurons stay in every layer (a vanished layer breaks training, and converters
     refuse empty matrices); neuron counts are rounded to a multiple of `round_to`, what vector units like.
     """
@@ -38,15 +41,34 @@ def choose_kept(gates: FusionGates, round_to: int) -> Kept:
     def best(log_alpha: Tensor, count: int) -> tuple[int, ...]:
         return tuple(sorted(torch.topk(log_alpha, count).indices.tolist()))
 
+    shift = _shift_to(gates, config, sparsity)
     heads, neurons = [], []
     for head_gate, neuron_gate in zip(gates.heads, gates.neurons, strict=True):
-        num_heads = max(1, round(head_gate.keep_probability().sum().item()))  # pyright: ignore
-        expected = neuron_gate.keep_probability().sum().item()  # pyright: ignore
+        num_heads = max(1, round(head_gate.keep_probability(shift).sum().item()))  # pyright: ignore
+        expected = neuron_gate.keep_probability(shift).sum().item()  # pyright: ignore
         size = neuron_gate.log_alpha.numel()  # pyright: ignore
         num_neurons = min(size, max(round_to, round(expected / round_to) * round_to))
         heads.append(best(head_gate.log_alpha, num_heads))  # pyright: ignore
         neurons.append(best(neuron_gate.log_alpha, num_neurons))  # pyright: ignore
     return Kept(tuple(heads), tuple(neurons))
+
+
+def expected_sparsity(gates: FusionGates, config: FusionConfig, shift: float = 0.0) -> Tensor:
+    """1 - E[kept prunable parameters] / prunable parameters; differentiable in the gates."""
+    head, neuron = head_parameters(config.hidden, config.head_dim), neuron_parameters(config.hidden)
+    counts = [(gate, head) for gate in gates.heads] + [(gate, neuron) for gate in gates.neurons]
+    kept = torch.stack([gate.keep_probability(shift).sum() * size for gate, size in counts]).sum()  # pyright: ignore
+    return 1.0 - kept / prunable_parameters(config)
+
+
+@torch.no_grad()
+def _shift_to(gates: FusionGates, config: FusionConfig, sparsity: float) -> float:
+    """What to add to every log_alpha so that the expected sparsity is `sparsity` (it falls as the shift grows)."""
+    low, high = -30.0, 30.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if expected_sparsity(gates, config, middle) > sparsity else (low, middle)
+    return (low + high) / 2
 
 
 def shrunken_config(config: FusionConfig, kept: Kept) -> FusionConfig:

@@ -15,9 +15,12 @@ ensure_importable()
 
 import timm  # noqa: E402
 from timm.layers.create_act import get_act_layer  # noqa: E402
-from timm.models import register_model  # noqa: E402
+from timm.models import generate_default_cfgs, register_model  # noqa: E402
 from timm.models._efficientnet_builder import decode_arch_def  # noqa: E402
 from timm.models.efficientnet import _create_effnet  # noqa: E402
+
+# timm asks each trunk of a module for this table; ours have no pre-trained weights.
+default_cfgs = generate_default_cfgs({"edgevlm_nano": {}, "test_edgevlm": {}})
 
 
 def _lite(name: str, stem: int, arch_def: list[list[str]], pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:

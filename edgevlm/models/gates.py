@@ -31,9 +31,9 @@ class HardConcrete(nn.Module):
         """Keep log_alpha within [log 0.01, log 100]; call after each optimiser step."""
         self.log_alpha.clamp_(*LOG_ALPHA_LIMITS)
 
-    def keep_probability(self) -> Tensor:
-        """P(gate > 0), (size,)."""
-        return torch.sigmoid(self.log_alpha - KEEP_SHIFT)
+    def keep_probability(self, shift: float = 0.0) -> Tensor:
+        """P(gate > 0), (size,), with `shift` added to every log_alpha."""
+        return torch.sigmoid(self.log_alpha + shift - KEEP_SHIFT)
 
     def sample(self) -> Tensor:
         """One draw per gate, differentiable in log_alpha."""

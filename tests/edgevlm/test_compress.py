@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgevlm.compress.cost import fusion_macs, prunable_parameters
+from edgevlm.artifacts import FusionConfig
+from edgevlm.compress.cost import fusion_macs, head_parameters, neuron_parameters, prunable_parameters
 from edgevlm.compress.distil import Distiller, layer_map
-from edgevlm.compress.prune import expected_sparsity, target_sparsity
-from edgevlm.compress.shrink import Kept, choose_kept, fusion_parameters, shrink
+from edgevlm.compress.prune import target_sparsity
+from edgevlm.compress.shrink import Kept, choose_kept, expected_sparsity, fusion_parameters, shrink, shrunken_config
 from edgevlm.models.gates import FusionGates, HardConcrete
 from tests.edgevlm.tiny import tiny_ids, tiny_regions, tiny_vlm
 
@@ -71,19 +72,35 @@ def test_shrunken_equals_masked(data: st.DataObject) -> None:
 
 
 def test_choice_follows_the_gates() -> None:
+    config = FusionConfig.uniform(hidden=32, layers=1, heads=4, ffn=32)
     gates = FusionGates((4,), (32,))
-    gates.heads[0].log_alpha.data = torch.tensor([-4.0, 4.0, 4.0, -4.0])  # pyright: ignore
+    gates.heads[0].log_alpha.data = torch.tensor([-4.6, 4.6, 4.6, -4.6])  # pyright: ignore
     gates.neurons[0].log_alpha.data = torch.cat([torch.full((16,), -4.6), torch.full((16,), 4.6)])  # pyright: ignore
-    kept = choose_kept(gates, round_to=8)
+    kept = choose_kept(gates, config, 0.5, round_to=8)
     assert kept.heads == ((1, 2),)
     assert kept.neurons == (tuple(range(16, 32)),)
 
 
-def test_a_layer_never_vanishes() -> None:
-    gates = FusionGates((4, 4), (32, 32))
+@given(sparsity=st.floats(0.1, 0.8), seed=st.integers(0, 50))
+@settings(max_examples=25, deadline=None)
+def test_the_asked_sparsity_is_met_wherever_the_gates_ended(sparsity: float, seed: int) -> None:
+    """Within what whole heads and rounded widths allow: half a head and half a rounding step per layer."""
+    config = FusionConfig.uniform(hidden=64, layers=3, heads=4, ffn=256)
+    gates = FusionGates(config.layer_heads, config.layer_ffn)
+    generator = torch.Generator().manual_seed(seed)
     for gate in (*gates.heads, *gates.neurons):
-        gate.log_alpha.data.fill_(-50.0)  # pyright: ignore
-    kept = choose_kept(gates, round_to=8)
+        gate.log_alpha.data = torch.randn(gate.log_alpha.shape, generator=generator) * 2 + 1  # pyright: ignore
+    kept = choose_kept(gates, config, sparsity, round_to=8)
+    total = prunable_parameters(config)
+    achieved = 1 - prunable_parameters(shrunken_config(config, kept)) / total
+    step = 3 * (0.5 * head_parameters(64, 16) + 4 * neuron_parameters(64)) / total
+    assert abs(achieved - sparsity) <= step + 1e-6
+
+
+def test_a_layer_never_vanishes() -> None:
+    config = FusionConfig.uniform(hidden=32, layers=2, heads=4, ffn=32)
+    gates = FusionGates((4, 4), (32, 32))
+    kept = choose_kept(gates, config, 0.999, round_to=8)
     assert [len(heads) for heads in kept.heads] == [1, 1]
     assert [len(neurons) for neurons in kept.neurons] == [8, 8]
 
