@@ -155,6 +155,7 @@ def _export_all(
     groups = [chosen for group in GROUPS if (chosen := tuple(t for t in targets if t in group and t not in missing))]
 
     def run(group: tuple[str, ...]) -> list[ExportedModel | ExportFailure]:
+        results: list[ExportedModel | ExportFailure]
         arguments = (checkpoint_dir, calibration_dir, out_dir, group, tuple(precisions), verbose)
         try:
             # 'spawn': a converter's threads and a fork of torch's do not get along.
