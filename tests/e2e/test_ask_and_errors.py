@@ -67,7 +67,7 @@ def test_ask_mistakes(rehearsal: Path, picture: Path, tmp_path: Path) -> None:
     Image.open(picture).convert("RGB").save(cut)
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     refused("ask", bundle, cut, "is it?", saying="cut.jpg")
-    refused("ask", bundle, huge_png(tmp_path / "huge.png"), "is it?", saying="50")
+    refused("ask", bundle, huge_png(tmp_path / "huge.png"), "is it?", saying="64 million")
     refused("ask", bundle, picture, "is " * 60, saying="24")
     refused("ask", bundle, picture, "  ", saying="no words")
     refused("ask", bundle, picture, "is it?", "--rung", "fulll", saying="Did you mean 'full'")
