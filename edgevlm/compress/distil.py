@@ -8,21 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgevlm.artifacts import VOCABULARY, Checkpoint, ModelConfig
+from edgevlm.artifacts import Checkpoint
 from edgevlm.errors import CheckpointError
 from edgevlm.job import Job
 from edgevlm.models import vlm
 from edgevlm.models.fusion import FusionOutput
 from edgevlm.models.gates import LayerGates
 from edgevlm.models.registry import resolve_fusion
-from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM
 from edgevlm.recipe import DistilSection, PruneSection
 from edgevlm.tasks import answers as task
-from edgevlm.train.answering import batch_of, evaluate, freeze_extractor, referred_loss, report
-from edgevlm.train.checkpoints import save_checkpoint
-from edgevlm.train.loop import fit
-from edgevlm.train.regions import RegionSplit
+from edgevlm.train.answering import (
+    evaluate,
+    fit_answers,
+    freeze_extractor,
+    referred_loss,
+    report,
+    save_answering,
+    with_fusion,
+)
+from edgevlm.train.regions import AnswerBatch
 
 
 def layer_map(num_student: int, num_teacher: int) -> list[int]:
@@ -76,29 +81,16 @@ class DistilObjective(nn.Module):
         self._teacher = [teacher.eval().requires_grad_(False)]  # a list: not a submodule, so not in snapshots
         freeze_extractor(student)
 
-    def forward(
-        self,
-        features: Tensor,
-        boxes: Tensor,
-        scores: Tensor,
-        input_ids: Tensor,
-        answers: Tensor,
-        referred: Tensor,
-        has_referred: Tensor,
-        gates: list[LayerGates] | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        regions = Regions(features, boxes, scores)
-        teacher = self._teacher[0].to(features.device)
+    def forward(self, batch: AnswerBatch, gates: list[LayerGates] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        teacher = self._teacher[0].to(batch.input_ids.device)
         with torch.no_grad():
-            target = teacher.answer(regions, input_ids)
-        answer = self.student.answer(regions, input_ids, gates=gates)
+            target = teacher.answer(batch.regions, batch.input_ids)
+        answer = self.student.answer(batch.regions, batch.input_ids, gates=gates)
         imitation = self.distiller(answer.logits_BA, answer.fusion, target.logits_BA, target.fusion)
-        loss = (1 - self.kd_weight) * task.loss(answer.logits_BA, answers) + self.kd_weight * imitation
+        loss = (1 - self.kd_weight) * task.loss(answer.logits_BA, batch.answers) + self.kd_weight * imitation
         if self.referred_weight:
-            loss = loss + self.referred_weight * referred_loss(
-                self.student, answer.fusion, scores, referred, has_referred
-            )
-        accuracy = (answer.logits_BA.argmax(1) == answers).float().mean()
+            loss = loss + self.referred_weight * referred_loss(self.student, self.student.refer(answer), batch)
+        accuracy = (answer.logits_BA.argmax(1) == batch.answers).float().mean()
         return loss, {"accuracy": accuracy, "kd": imitation.detach()}
 
 
@@ -124,24 +116,9 @@ def distil(job: Job) -> Checkpoint:
     detector, manifest = vlm.load(job.inputs["detector"])
     teacher = load_teacher(job, manifest)
     torch.manual_seed(recipe.seed + 2)
-    config = ModelConfig(tee=manifest.model.tee, fusion=resolve_fusion(section.fusion))
-    student = VLM(config, manifest.preprocess, manifest.tokenizer, manifest.labels)
-    student.tee.load_state_dict(detector.tee.state_dict())
-    split = RegionSplit.load(job.inputs["regions"], "train")
-    fit(
-        DistilObjective(student, teacher, section, recipe.referred_weight),
-        len(split.answers),
-        lambda rows: batch_of(split, rows),
-        section,
-        what="distil",
-        work_dir=job.out_dir,
-        key=job.provenance.key,
-        seed=recipe.seed + 2,
-        reporter=job.reporter,
-    )
+    student = with_fusion(detector, manifest, resolve_fusion(section.fusion))
+    objective = DistilObjective(student, teacher, section, recipe.referred_weight)
+    fit_answers(objective, student, job, section, what="distil", seed=recipe.seed + 2)
     metrics = evaluate(student, job)
     report(job, "student", metrics)
-    manifest = manifest.model_copy(
-        update={"provenance": job.provenance, "model": config, "task": recipe.task, "metrics": metrics}
-    )
-    return save_checkpoint(job.out_dir, student.cpu(), job.inputs["prepare"] / VOCABULARY, manifest)
+    return save_answering(job, student, manifest, metrics)

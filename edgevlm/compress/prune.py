@@ -7,16 +7,15 @@ once the structure is chosen; weights removed, not masked. Gates on the extracto
 import torch
 from torch import Tensor, nn
 
-from edgevlm.artifacts import VOCABULARY, Checkpoint, FusionConfig
+from edgevlm.artifacts import Checkpoint, FusionConfig
 from edgevlm.compress.distil import DistilObjective, load_teacher
 from edgevlm.compress.shrink import choose_kept, expected_sparsity, fusion_parameters, shrink
 from edgevlm.job import Job
 from edgevlm.models import vlm
 from edgevlm.models.gates import FusionGates
-from edgevlm.train.answering import batch_of, evaluate, report
-from edgevlm.train.checkpoints import save_checkpoint
-from edgevlm.train.loop import fit, parameter_groups
-from edgevlm.train.regions import RegionSplit
+from edgevlm.train.answering import evaluate, fit_answers, report, save_answering
+from edgevlm.train.loop import parameter_groups
+from edgevlm.train.regions import AnswerBatch
 
 
 def target_sparsity(step: int, steps: int, ramp: float, final: float) -> float:
@@ -37,8 +36,8 @@ class PruneObjective(nn.Module):
         self.multipliers = nn.Parameter(torch.zeros(2))
         self.target = 0.0
 
-    def forward(self, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, logs = self.inner(**batch, gates=self.gates.sample())
+    def forward(self, batch: AnswerBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, logs = self.inner(batch, gates=self.gates.sample())
         sparsity = expected_sparsity(self.gates, self.config)
         gap = sparsity - self.target
         loss = loss + self.multipliers[0] * gap + self.multipliers[1] * gap * gap
@@ -50,7 +49,6 @@ def prune(job: Job) -> Checkpoint:
     recipe, section = job.recipe, job.recipe.prune
     student, manifest = vlm.load(job.inputs["distil"])
     teacher = load_teacher(job, manifest)
-    split = RegionSplit.load(job.inputs["regions"], "train")
     config = manifest.model.fusion
     torch.manual_seed(recipe.seed + 3)
     inner = DistilObjective(student.train(), teacher, section, recipe.referred_weight)
@@ -64,18 +62,16 @@ def prune(job: Job) -> Checkpoint:
         {"params": list(objective.gates.parameters()), "lr": section.gate_lr, "weight_decay": 0.0},
         {"params": [objective.multipliers], "lr": section.gate_lr, "weight_decay": 0.0, "maximize": True},
     ]
-    common = {"work_dir": job.out_dir, "seed": recipe.seed + 3, "reporter": job.reporter}
-    fit(
+    fit_answers(
         objective,
-        len(split.answers),
-        lambda rows: batch_of(split, rows),
+        student,
+        job,
         section,
         what="prune",
-        key=job.provenance.key,
+        seed=recipe.seed + 3,
         groups=groups,
         before_step=before_step,
         after_step=lambda _: objective.gates.clamp_(),
-        **common,
     )
     kept = choose_kept(objective.gates, config, section.sparsity, section.round_to)
     before = fusion_parameters(student.fusion)
@@ -86,16 +82,9 @@ def prune(job: Job) -> Checkpoint:
         f"heads {student.config.fusion.layer_heads}, neurons {student.config.fusion.layer_ffn}"
     )
     if section.recover_steps:
-        fit(
-            DistilObjective(student, teacher, section, recipe.referred_weight),
-            len(split.answers),
-            lambda rows: batch_of(split, rows),
-            section.model_copy(update={"steps": section.recover_steps}),
-            what="recover",
-            key=f"{job.provenance.key}-recover",
-            **common,
-        )
+        recover = section.model_copy(update={"steps": section.recover_steps})
+        recovery = DistilObjective(student, teacher, section, recipe.referred_weight)
+        fit_answers(recovery, student, job, recover, what="recover", seed=recipe.seed + 3)
     metrics = evaluate(student, job) | {"sparsity": achieved}
     report(job, "pruned", metrics)
-    manifest = manifest.model_copy(update={"provenance": job.provenance, "model": student.config, "metrics": metrics})
-    return save_checkpoint(job.out_dir, student.cpu(), job.inputs["prepare"] / VOCABULARY, manifest)
+    return save_answering(job, student, manifest, metrics)

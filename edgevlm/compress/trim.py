@@ -6,23 +6,19 @@ imitates the full path of the same model (self-distillation).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgevlm.artifacts import VOCABULARY, Checkpoint, Rung
+from edgevlm.artifacts import Checkpoint, Rung
 from edgevlm.compress.cost import fusion_macs
 from edgevlm.compress.distil import logit_loss
 from edgevlm.errors import RecipeError
 from edgevlm.job import Job
 from edgevlm.models import vlm
-from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM
 from edgevlm.recipe import TrimSection
 from edgevlm.tasks import answers as task
-from edgevlm.train.answering import batch_of, evaluate, freeze_extractor, report
-from edgevlm.train.checkpoints import save_checkpoint
-from edgevlm.train.loop import fit
-from edgevlm.train.regions import RegionSplit
+from edgevlm.train.answering import evaluate, fit_answers, freeze_extractor, referred_loss, report, save_answering
+from edgevlm.train.regions import AnswerBatch
 
 FIRST_TEMPERATURE, LAST_TEMPERATURE = 1.0, 0.3
 
@@ -37,31 +33,19 @@ class TrimObjective(nn.Module):
         self.step = 0
         freeze_extractor(model)
 
-    def forward(
-        self,
-        features: Tensor,
-        boxes: Tensor,
-        scores: Tensor,
-        input_ids: Tensor,
-        answers: Tensor,
-        referred: Tensor,
-        has_referred: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        regions = Regions(features, boxes, scores)
+    def forward(self, batch: AnswerBatch) -> tuple[Tensor, dict[str, Tensor]]:
         progress = self.step / self.section.steps
         temperature = FIRST_TEMPERATURE + (LAST_TEMPERATURE - FIRST_TEMPERATURE) * progress
         budget = self.budgets[self.step % len(self.budgets)]
-        full = self.model.answer(regions, input_ids)
-        trimmed = self.model.answer(regions, input_ids, num_keep=budget, trim_temperature=temperature)
+        full = self.model.answer(batch.regions, batch.input_ids)
+        trimmed = self.model.answer(batch.regions, batch.input_ids, num_keep=budget, trim_temperature=temperature)
         imitation = logit_loss(trimmed.logits_BA, full.logits_BA.detach())
-        loss = task.loss(full.logits_BA, answers) + task.loss(trimmed.logits_BA, answers)
+        loss = task.loss(full.logits_BA, batch.answers) + task.loss(trimmed.logits_BA, batch.answers)
         loss = loss + self.section.self_distil_weight * imitation
         ranking = trimmed.fusion.trim_scores_BN
         if self.referred_weight and ranking is not None:
-            counted = (scores >= self.model.config.tee.score_threshold).float() * has_referred.unsqueeze(1)
-            errors = F.binary_cross_entropy_with_logits(ranking, referred.to(ranking.dtype), reduction="none")
-            loss = loss + self.referred_weight * (errors * counted).sum() / counted.sum().clamp(min=1)
-        accuracies = [(a.logits_BA.argmax(1) == answers).float().mean() for a in (full, trimmed)]
+            loss = loss + self.referred_weight * referred_loss(self.model, ranking, batch)
+        accuracies = [(a.logits_BA.argmax(1) == batch.answers).float().mean() for a in (full, trimmed)]
         return loss, {"full": accuracies[0], "trimmed": accuracies[1], "kd": imitation.detach()}
 
 
@@ -90,23 +74,20 @@ def trim(job: Job) -> Checkpoint:
     config = manifest.model.model_copy(update={"fusion": fusion.model_copy(update={"trim_after": section.after_layer})})
     model = VLM(config, manifest.preprocess, manifest.tokenizer, manifest.labels)
     model.load_state_dict(pruned.state_dict(), strict=False)  # all but the new trimmer
-    split = RegionSplit.load(job.inputs["regions"], "train")
     budgets = [keep for keep in section.rungs.values() if keep < tee.num_regions]
     objective = TrimObjective(model, section, budgets, recipe.referred_weight)
 
     def before_step(step: int) -> None:
         objective.step = step
 
-    fit(
+    fit_answers(
         objective,
-        len(split.answers),
-        lambda rows: batch_of(split, rows),
+        model,
+        job,
         section,
         what="trim",
-        work_dir=job.out_dir,
-        key=job.provenance.key,
         seed=recipe.seed + 4,
-        reporter=job.reporter,
+        min_regions=max(budgets, default=0) + 1,  # more than are kept, or there is nothing to rank
         before_step=before_step,
     )
     rungs, metrics = [], {}
@@ -119,7 +100,4 @@ def trim(job: Job) -> Checkpoint:
         )
         metrics |= rung_metrics if keep == tee.num_regions else {}
         metrics |= {f"accuracy_test@{name}": rung_metrics["accuracy_test"]}
-    manifest = manifest.model_copy(
-        update={"provenance": job.provenance, "model": config, "metrics": metrics, "rungs": tuple(rungs)}
-    )
-    return save_checkpoint(job.out_dir, model.cpu(), job.inputs["prepare"] / VOCABULARY, manifest)
+    return save_answering(job, model, manifest, metrics, rungs=tuple(rungs))

@@ -48,17 +48,24 @@ class VLM(nn.Module):
         trim_temperature: float | None = None,
     ) -> Answer:
         """Answer logits for questions about already encoded images (row i asks about image i)."""
-        valid = (regions.scores_BN >= self.config.tee.score_threshold).to(regions.features_BND.dtype)
         output = self.fusion(
             regions.features_BND,
             regions.boxes_norm_BN4,
-            valid,
+            self.valid(regions),
             input_ids_BL,
             num_keep=num_keep,
             gates=gates,
             trim_temperature=trim_temperature,
         )
         return Answer(self.head(output.pooled_BD), output)
+
+    def valid(self, regions: Regions) -> Tensor:
+        """1.0 where a region scores enough to count, 0.0 where it is padding; (B, N)."""
+        return (regions.scores_BN >= self.config.tee.score_threshold).to(regions.features_BND.dtype)
+
+    def refer(self, answer: Answer) -> Tensor:
+        """Logits (B, N) of 'the text refers to this region'; for training only."""
+        return self.referred(answer.fusion.regions_BND).squeeze(-1)
 
 
 def build(manifest: Checkpoint) -> VLM:

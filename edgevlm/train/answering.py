@@ -1,21 +1,23 @@
 """Training and evaluating answers on cached regions; stage `teacher`."""
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from edgevlm.artifacts import VOCABULARY, Checkpoint, ModelConfig
+from edgevlm.artifacts import VOCABULARY, Checkpoint, FusionConfig, ModelConfig
 from edgevlm.job import Job
 from edgevlm.models import vlm
-from edgevlm.models.fusion import FusionOutput
 from edgevlm.models.registry import resolve_fusion
-from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM
+from edgevlm.recipe import TrainSection
 from edgevlm.tasks import answers as task
 from edgevlm.train.checkpoints import save_checkpoint
-from edgevlm.train.loop import Batch, fit
-from edgevlm.train.regions import RegionSplit
+from edgevlm.train.loop import fit
+from edgevlm.train.regions import AnswerBatch, RegionSplit
 
 
 class AnswerObjective(nn.Module):
@@ -26,31 +28,21 @@ class AnswerObjective(nn.Module):
         self.model, self.referred_weight = model, referred_weight
         freeze_extractor(model)
 
-    def forward(
-        self,
-        features: Tensor,
-        boxes: Tensor,
-        scores: Tensor,
-        input_ids: Tensor,
-        answers: Tensor,
-        referred: Tensor,
-        has_referred: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        answer = self.model.answer(Regions(features, boxes, scores), input_ids)
-        loss = task.loss(answer.logits_BA, answers)
-        logs = {"accuracy": (answer.logits_BA.argmax(1) == answers).float().mean()}
+    def forward(self, batch: AnswerBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        answer = self.model.answer(batch.regions, batch.input_ids)
+        loss = task.loss(answer.logits_BA, batch.answers)
+        logs = {"accuracy": (answer.logits_BA.argmax(1) == batch.answers).float().mean()}
         if self.referred_weight:
-            aux = referred_loss(self.model, answer.fusion, scores, referred, has_referred)
+            aux = referred_loss(self.model, self.model.refer(answer), batch)
             loss = loss + self.referred_weight * aux
             logs["referred"] = aux.detach()
         return loss, logs
 
 
-def referred_loss(model: VLM, output: FusionOutput, scores: Tensor, referred: Tensor, has_referred: Tensor) -> Tensor:
+def referred_loss(model: VLM, logits_BN: Tensor, batch: AnswerBatch) -> Tensor:
     """Binary cross-entropy over the valid regions of the rows whose data say what the text refers to."""
-    logits = model.referred(output.regions_BND).squeeze(-1)
-    counted = (scores >= model.config.tee.score_threshold).float() * has_referred.unsqueeze(1)
-    losses = F.binary_cross_entropy_with_logits(logits, referred.to(logits.dtype), reduction="none")
+    counted = model.valid(batch.regions) * batch.has_referred.unsqueeze(1)
+    losses = F.binary_cross_entropy_with_logits(logits_BN, batch.referred.to(logits_BN.dtype), reduction="none")
     return (losses * counted).sum() / counted.sum().clamp(min=1)
 
 
@@ -59,18 +51,44 @@ def freeze_extractor(model: VLM) -> None:
     model.tee.requires_grad_(False)
 
 
-def batch_of(split: RegionSplit, rows: Tensor) -> Batch:
-    """The objective's arguments for questions `rows`."""
-    regions = split.regions(rows)
-    return {
-        "features": regions.features_BND,
-        "boxes": regions.boxes_norm_BN4,
-        "scores": regions.scores_BN,
-        "input_ids": split.input_ids[rows],
-        "answers": split.answers[rows],
-        "referred": split.referred[rows],
-        "has_referred": split.has_referred[rows],
-    }
+def with_fusion(detector: VLM, manifest: Checkpoint, fusion: FusionConfig) -> VLM:
+    """The detector's extractor under a new, untrained fusion."""
+    config = ModelConfig(tee=manifest.model.tee, fusion=fusion)
+    model = VLM(config, manifest.preprocess, manifest.tokenizer, manifest.labels)
+    model.tee.load_state_dict(detector.tee.state_dict())
+    return model
+
+
+def batch_of(model: VLM, split: RegionSplit, rows: Tensor, min_regions: int = 1) -> AnswerBatch:
+    """Questions `rows` as `model` sees them."""
+    return split.batch(rows, model.config.tee.score_threshold, model.fusion.pad_id, min_regions)
+
+
+def fit_answers(
+    objective: nn.Module,
+    model: VLM,
+    job: Job,
+    section: TrainSection,
+    *,
+    what: str,
+    seed: int,
+    min_regions: int = 1,
+    **settings: Any,
+) -> None:
+    """Train on the cached regions of the training split; `settings` go on to `fit`."""
+    split = RegionSplit.load(job.inputs["regions"], "train")
+    fit(
+        objective,
+        len(split.answers),
+        lambda rows: {"batch": batch_of(model, split, rows, min_regions)},
+        section,
+        what=what,
+        work_dir=job.out_dir,
+        key=f"{job.provenance.key}-{what}",
+        seed=seed,
+        reporter=job.reporter,
+        **settings,
+    )
 
 
 @torch.no_grad()
@@ -80,8 +98,8 @@ def predict(model: VLM, split: RegionSplit, num_keep: int | None = None, batch_s
     device = next(model.head.parameters()).device
     predicted = []
     for rows in torch.arange(len(split.answers)).split(batch_size):
-        regions = Regions(*(part.to(device) for part in split.regions(rows)))
-        logits = model.answer(regions, split.input_ids[rows].to(device), num_keep=num_keep).logits_BA
+        batch = send_to_device(batch_of(model, split, rows), device)
+        logits = model.answer(batch.regions, batch.input_ids, num_keep=num_keep).logits_BA  # pyright: ignore
         predicted.append(logits.argmax(1).cpu())
     return torch.cat(predicted).numpy()
 
@@ -110,29 +128,21 @@ def report(job: Job, what: str, metrics: dict[str, float]) -> None:
     job.reporter.say(f"  {what}: accuracy {', '.join(shares)} (majority {metrics['majority_test']:.3f})")
 
 
+def save_answering(job: Job, model: VLM, manifest: Checkpoint, metrics: dict[str, float], **changes: Any) -> Checkpoint:
+    """The trained model with its metrics; `changes` replace further fields of the manifest."""
+    changes |= {"provenance": job.provenance, "model": model.config, "task": job.recipe.task, "metrics": metrics}
+    vocabulary = job.inputs["prepare"] / VOCABULARY
+    return save_checkpoint(job.out_dir, model.cpu(), vocabulary, manifest.model_copy(update=changes))
+
+
 def train_teacher(job: Job) -> Checkpoint:
     """Train the large fusion transformer on cached regions."""
     recipe, section = job.recipe, job.recipe.teacher
     detector, manifest = vlm.load(job.inputs["detector"])
     torch.manual_seed(recipe.seed + 1)
-    config = ModelConfig(tee=manifest.model.tee, fusion=resolve_fusion(section.fusion))
-    model = VLM(config, manifest.preprocess, manifest.tokenizer, manifest.labels)
-    model.tee.load_state_dict(detector.tee.state_dict())
-    split = RegionSplit.load(job.inputs["regions"], "train")
-    fit(
-        AnswerObjective(model, recipe.referred_weight),
-        len(split.answers),
-        lambda rows: batch_of(split, rows),
-        section,
-        what="teacher",
-        work_dir=job.out_dir,
-        key=job.provenance.key,
-        seed=recipe.seed + 1,
-        reporter=job.reporter,
-    )
+    model = with_fusion(detector, manifest, resolve_fusion(section.fusion))
+    objective = AnswerObjective(model, recipe.referred_weight)
+    fit_answers(objective, model, job, section, what="teacher", seed=recipe.seed + 1)
     metrics = evaluate(model, job)
     report(job, "teacher", metrics)
-    manifest = manifest.model_copy(
-        update={"provenance": job.provenance, "model": config, "task": recipe.task, "metrics": metrics}
-    )
-    return save_checkpoint(job.out_dir, model.cpu(), job.inputs["prepare"] / VOCABULARY, manifest)
+    return save_answering(job, model, manifest, metrics)

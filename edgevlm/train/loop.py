@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from edgevlm.errors import TrainingError
@@ -21,7 +22,8 @@ from edgevlm.train.snapshot import load_snapshot, save_snapshot
 SNAPSHOTS = ".snapshot-*"
 """What `fit` leaves in its work folder for a resume; whoever finishes the stage deletes it."""
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""Keyword arguments of an objective: tensors, or named tuples of them."""
 
 
 class Batches:
@@ -111,8 +113,7 @@ def fit(
                 group["lr"] = lr * schedule(step, section.steps, section.warmup)
             if before_step is not None:
                 before_step(step)
-            batch = {name: value.to(accelerator.device) for name, value in make_batch(batches.at(step)).items()}
-            loss, logs = wrapped(**batch)
+            loss, logs = wrapped(**send_to_device(make_batch(batches.at(step)), accelerator.device))  # pyright: ignore
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(trainable, section.clip_norm)
             value = loss.item()

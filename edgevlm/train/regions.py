@@ -7,6 +7,7 @@ question and epoch.
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -27,6 +28,16 @@ from edgevlm.train.detector import load_frames
 
 MATCH_IOU = 0.5
 """A region stands for the ground-truth object it overlaps this much."""
+
+
+class AnswerBatch(NamedTuple):
+    """Questions with the regions of their images, cut to the longest of the batch (B, L, N as in RegionSplit)."""
+
+    regions: Regions
+    input_ids: Tensor
+    answers: Tensor
+    referred: Tensor
+    has_referred: Tensor
 
 
 @dataclass
@@ -52,10 +63,23 @@ class RegionSplit:
     kinds: list[str]
     """(Q,) type of each question."""
 
-    def regions(self, rows: Tensor) -> Regions:
-        """Regions of the images that questions `rows` ask about."""
+    def batch(self, rows: Tensor, score_threshold: float, pad_id: int, min_regions: int = 1) -> AnswerBatch:
+        """Questions `rows`, without the columns that are padding in all of them.
+
+        The fusion masks padding, so answers stay the same to rounding while a batch costs about half: regions that
+        score below `score_threshold` come last, as does the padding of the words.
+        """
         images = self.image_index[rows]
-        return Regions(self.features[images], self.boxes[images], self.scores[images])
+        num_regions = max(min_regions, int((self.scores[images] >= score_threshold).sum(1).amax()))
+        length = int((self.input_ids[rows] != pad_id).sum(1).amax())
+        regions = (part[images, :num_regions] for part in (self.features, self.boxes, self.scores))
+        return AnswerBatch(
+            Regions(*regions),
+            self.input_ids[rows, :length],
+            self.answers[rows],
+            self.referred[rows, :num_regions],
+            self.has_referred[rows],
+        )
 
     @classmethod
     def load(cls, folder: Path, split: str) -> "RegionSplit":
