@@ -21,6 +21,8 @@ class Text:
     """Indices of the objects that decide the answer, where the data say so (auxiliary supervision)."""
     kind: str = ""
     """Type of question, for a breakdown of the accuracy."""
+    answers: tuple[str, ...] = ()
+    """What each annotator said, where several did (VQA: ten); `answer` is then the most frequent."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Sample:
     """Per object: indices into `labels.attributes`."""
     texts: tuple[Text, ...] = ()
     captions: tuple[str, ...] = ()
+    second: Image.Image | None = None
+    """The right-hand image, where the texts are about a pair (NLVR2)."""
 
 
 class Reader(Protocol):
