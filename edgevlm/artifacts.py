@@ -147,6 +147,8 @@ class ModelConfig(Frozen):
 
     tee: TEEConfig
     fusion: FusionConfig
+    heads: tuple[Literal["words", "match"], ...] = ()
+    """Further heads beside the answers': words (masked words and captions), match (does the text fit the image)."""
 
 
 class Rung(Frozen):

@@ -104,10 +104,16 @@ class Fusion(nn.Module):
         for embedding in (self.words, self.positions, self.types):
             nn.init.normal_(embedding.weight, std=0.02)
 
-    def embed(self, features_BND: Tensor, boxes_norm_BN4: Tensor, input_ids_BL: Tensor) -> Tensor:
-        """Token embeddings, (B, L + N, D)."""
+    def embed(
+        self, features_BND: Tensor, boxes_norm_BN4: Tensor, input_ids_BL: Tensor, num_caption: int | None = None
+    ) -> Tensor:
+        """Token embeddings, (B, L + N, D); words from `num_caption` on are tags and share the regions' type."""
         positions = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)
-        words = self.words(input_ids_BL) + self.positions(positions) + self.types.weight[0]
+        words = self.words(input_ids_BL) + self.positions(positions)
+        if num_caption is None:
+            words = words + self.types.weight[0]
+        else:
+            words = words + self.types((positions >= num_caption).long())
         sizes = boxes_norm_BN4[..., 2:] - boxes_norm_BN4[..., :2]
         regions = self.region(torch.cat([features_BND, boxes_norm_BN4, sizes], dim=-1)) + self.types.weight[1]
         return torch.cat([self.word_norm(words), self.region_norm(regions)], dim=1)
@@ -122,6 +128,8 @@ class Fusion(nn.Module):
         num_keep: int | None = None,
         gates: list[LayerGates] | None = None,
         trim_temperature: float | None = None,
+        num_caption: int | None = None,
+        seq2seq: bool = False,
     ) -> FusionOutput:
         """Fuse text and regions.
 
@@ -132,11 +140,20 @@ class Fusion(nn.Module):
             num_keep: region tokens kept after the trimming layer; None = all.
             gates: multipliers per layer while pruning.
             trim_temperature: if given, trimming masks tokens (differentiably) instead of removing them.
+            num_caption: words of the caption; the other words are tags. None = all words.
+            seq2seq: a caption word sees the caption up to itself, and tags and regions see no caption (for generation).
         """
         length, num_regions = input_ids_BL.shape[1], features_BND.shape[1]
         text_valid = (input_ids_BL != self.pad_id).to(features_BND.dtype)
-        mask = ((1.0 - torch.cat([text_valid, valid_BN], dim=1)) * MASKED)[:, None, None, :]
-        x = self.embed(features_BND, boxes_norm_BN4, input_ids_BL)
+
+        def attention_mask(region_valid: Tensor) -> Tensor:
+            mask_B11T = ((1.0 - torch.cat([text_valid, region_valid], dim=1)) * MASKED)[:, None, None, :]
+            if not seq2seq:
+                return mask_B11T
+            return mask_B11T + seq2seq_mask(num_caption or length, mask_B11T.shape[-1], mask_B11T)
+
+        mask = attention_mask(valid_BN)
+        x = self.embed(features_BND, boxes_norm_BN4, input_ids_BL, num_caption)
         trimming = num_keep is not None and num_keep < num_regions
         kept_index, keep, trim_scores = None, None, None
         hidden, attentions = [x], []
@@ -150,8 +167,7 @@ class Fusion(nn.Module):
                 if trim_temperature is None:
                     kept_index = torch.topk(trim_scores, num_keep, dim=1).indices
                     x = torch.cat([x[:, :length], take(x[:, length:], kept_index)], dim=1)
-                    kept_valid = take(valid_BN, kept_index)
-                    mask = ((1.0 - torch.cat([text_valid, kept_valid], dim=1)) * MASKED)[:, None, None, :]
+                    mask = attention_mask(take(valid_BN, kept_index))
                 else:
                     kept = straight_through_keep(trim_scores, num_keep, trim_temperature)
                     keep = torch.cat([torch.ones_like(text_valid), kept], dim=1)
@@ -161,3 +177,12 @@ class Fusion(nn.Module):
             looked_at = torch.matmul(looked_at.unsqueeze(1), places).squeeze(1)
         pooled = torch.tanh(self.pooler(x[:, 0]))
         return FusionOutput(pooled, x[:, length:], looked_at, hidden, attentions, trim_scores)
+
+
+def seq2seq_mask(num_caption: int, num_tokens: int, like: Tensor) -> Tensor:
+    """Additive mask (T, T), query x key, of UniLM's sequence-to-sequence form: the caption reads itself from left to
+    right and all of the context behind it; the context reads the context only.
+    """
+    token = torch.arange(num_tokens, device=like.device)
+    hidden = (token[None, :] < num_caption) & (token[None, :] > torch.where(token < num_caption, token, -1)[:, None])
+    return hidden.to(like.dtype) * MASKED

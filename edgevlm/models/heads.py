@@ -1,5 +1,6 @@
-"""Task heads on the pooled [CLS] state."""
+"""Task heads: on the pooled [CLS] state, and on the states of words."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -14,3 +15,18 @@ class AnswerHead(nn.Module):
 
     def forward(self, pooled_BD: Tensor) -> Tensor:
         return self.outer(self.norm(nn.functional.gelu(self.inner(pooled_BD))))
+
+
+class WordHead(nn.Module):
+    """BERT's masked-language-modelling head: dense, GELU, LayerNorm, and the word table itself as the last layer."""
+
+    def __init__(self, hidden: int, vocab_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden, hidden)
+        self.norm = nn.LayerNorm(hidden, eps=1e-12)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, states_XD: Tensor, word_table_VD: Tensor) -> Tensor:
+        """Logits over the vocabulary (..., V)."""
+        states_XD = self.norm(nn.functional.gelu(self.dense(states_XD)))
+        return nn.functional.linear(states_XD, word_table_VD, self.bias)

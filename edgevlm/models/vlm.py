@@ -1,7 +1,7 @@
 """The whole model, pixels to answer: TEE -> fusion -> head; building it from a config and loading it from a folder."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -12,7 +12,7 @@ from edgevlm.errors import CheckpointError
 from edgevlm.manifests import read_manifest
 from edgevlm.models.fusion import Fusion, FusionOutput
 from edgevlm.models.gates import LayerGates
-from edgevlm.models.heads import AnswerHead
+from edgevlm.models.heads import AnswerHead, WordHead
 from edgevlm.models.tee import TEE, Regions
 
 
@@ -33,6 +33,9 @@ class VLM(nn.Module):
         self.fusion = Fusion(config.fusion, tokenizer, config.tee.roi_hidden)
         self.head = AnswerHead(config.fusion.hidden, len(labels.answers))
         self.referred = nn.Linear(config.fusion.hidden, 1)
+        hidden = config.fusion.hidden
+        self.word_head = WordHead(hidden, tokenizer.vocab_size) if "words" in config.heads else None
+        self.match_head = nn.Linear(hidden, 2) if "match" in config.heads else None
 
     def encode(self, pixels_BCHW: Tensor) -> Regions:
         """Regions of images given as (B, 3, H, W) float, 0..255."""
@@ -48,16 +51,12 @@ class VLM(nn.Module):
         trim_temperature: float | None = None,
     ) -> Answer:
         """Answer logits for questions about already encoded images (row i asks about image i)."""
-        output = self.fusion(
-            regions.features_BND,
-            regions.boxes_norm_BN4,
-            self.valid(regions),
-            input_ids_BL,
-            num_keep=num_keep,
-            gates=gates,
-            trim_temperature=trim_temperature,
-        )
+        output = self.fuse(regions, input_ids_BL, num_keep=num_keep, gates=gates, trim_temperature=trim_temperature)
         return Answer(self.head(output.pooled_BD), output)
+
+    def fuse(self, regions: Regions, input_ids_BL: Tensor, **settings: Any) -> FusionOutput:
+        """The fusion alone, for other heads than the answers'; `settings` as in `Fusion.forward`."""
+        return self.fusion(regions.features_BND, regions.boxes_norm_BN4, self.valid(regions), input_ids_BL, **settings)
 
     def valid(self, regions: Regions) -> Tensor:
         """1.0 where a region scores enough to count, 0.0 where it is padding; (B, N)."""
