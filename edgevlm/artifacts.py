@@ -115,6 +115,13 @@ class TEEConfig(Frozen):
     """Width of both box-head layers, and of the region feature."""
     score_threshold: float = 0.2
     """Regions scoring below are masked out of the fusion."""
+    region_feature: Literal["hidden", "tags"] = "hidden"
+    """What the fusion sees of a region beside its box: the box head's last layer, or its tags, which are the
+    probabilities of the classes (background last) and of the attributes. Tags can be made up without an image."""
+
+    def region_dim(self, num_classes: int, num_attributes: int) -> int:
+        """Width of a region's feature."""
+        return self.roi_hidden if self.region_feature == "hidden" else num_classes + 1 + num_attributes
 
 
 class FusionConfig(Frozen):
@@ -129,6 +136,15 @@ class FusionConfig(Frozen):
     dropout: float = 0.0
     trim_after: int | None = None
     """Layer index after which region tokens are trimmed to the rung's budget; None = never."""
+    box_encoding: Literal["plain", "geometry"] = "plain"
+    """How the fusion sees a box: corners and size, or `models.geometry`, which shows single pixels to a small net."""
+    parts: tuple[tuple[float, float, float, float], ...] = ()
+    """Normalised corners of the parts an image always has (NLVR: three boxes). Each becomes a token beside the regions,
+    and `geometry` measures within them; empty = the image is one part, without a token."""
+    edge_scale: float = Field(0.015, gt=0)
+    """`geometry`: distance from an edge, as a share of the part, at which touching it falls to 1 / e."""
+    box_bins: int = Field(10, gt=0)
+    """`geometry`: soft bins per axis for the centre."""
 
     @classmethod
     def uniform(cls, *, hidden: int, layers: int, heads: int, ffn: int, **rest: Any) -> Self:

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -38,6 +38,15 @@ class Stage:
     """Stages whose artifacts it reads."""
     sections: tuple[str, ...]
     """Top-level recipe keys it reads; a change in any other leaves it done."""
+    only_with: str = ""
+    """Recipe section without which the stage is left out, and missing from the inputs of others."""
+
+
+def active(stages: tuple[Stage, ...], recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages that a recipe asks for."""
+    chosen = [stage for stage in stages if not stage.only_with or getattr(recipe, stage.only_with) is not None]
+    names = {stage.name for stage in chosen}
+    return tuple(replace(s, inputs=tuple(name for name in s.inputs if name in names)) for s in chosen)
 
 
 def stage_keys(stages: tuple[Stage, ...], recipe: Recipe, data_path: str | None) -> dict[str, str]:
@@ -91,6 +100,7 @@ def run(
         EdgeVLMError: whatever a stage raises; finished stages stay, the unfinished one goes on next time.
     """
     reporter = reporter or Reporter()
+    stages = active(stages, recipe)
     if until is not None and until not in (names := [stage.name for stage in stages]):
         raise RecipeError(f"No stage '{until}'", f"{nearest(until, names)} Stages: {', '.join(names)}")
     keys = stage_keys(stages, recipe, data_path)

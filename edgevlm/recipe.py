@@ -64,11 +64,35 @@ class TrainSection(Section):
 
 
 class DetectorSection(TrainSection):
-    pass
+    num_images: int | None = Field(None, gt=0)
+    """Training images at most; None = all of `data.num_train`. They are held in memory."""
+    box_beta: float = Field(1.0, gt=0)
+    """Where the box head's smooth L1 turns from square to linear; small values ask for exact boxes to the end."""
 
 
 class TeacherSection(TrainSection):
     fusion: Choice
+
+
+class SyntheticSection(TeacherSection):
+    """Drawn sentences and scenes (dataset nlvr): `steps` of pre-training, and a share of every later batch."""
+
+    scenes_per_sentence: int = Field(8, ge=2, multiple_of=2)
+    """Half of them make the sentence true. `batch_size` counts pairs of a sentence and a scene."""
+    families: int = Field(4000, gt=0)
+    """Size of the pool of scenes, in families of six that differ by a few edits."""
+    share_towers: float = Field(0.4, ge=0, le=1)
+    """Share of the sentences that are about towers."""
+    box_error_px: float = Field(0.3, ge=0)
+    """Standard deviation of the extractor's box edges, pixels of the stored image."""
+    tag_error: float = Field(0.03, ge=0)
+    """Probability mass that the extractor's tags put on wrong values, on average."""
+    trace_weight: float = Field(1.0, ge=0)
+    """Weight of 'in which box does the claim hold' and (half) 'how many does it count there'."""
+    mix: float = Field(0.5, ge=0, lt=1)
+    """Share of drawn pairs in the batches of later stages."""
+    label_smoothing: float = Field(0.05, ge=0, lt=1)
+    """Of the later stages: the dataset's labels are noisy."""
 
 
 class DistilSection(TeacherSection):
@@ -157,6 +181,7 @@ class Recipe(Section):
     """Weight of the auxiliary loss 'which regions does the text refer to', where the data say so."""
     tee: Choice
     detector: DetectorSection
+    synthetic: SyntheticSection | None = None
     teacher: TeacherSection
     distil: DistilSection
     prune: PruneSection

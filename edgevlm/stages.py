@@ -44,6 +44,7 @@ from edgevlm.report.terminal import print_scorecard
 from edgevlm.train.answering import train_teacher
 from edgevlm.train.detector import load_frames, train_detector
 from edgevlm.train.prepare import prepare
+from edgevlm.train.reasoning import finetune_reasoning, pretrain_reasoning
 from edgevlm.train.regions import cache_regions
 from targets.base import check_target, load_exporter
 
@@ -59,6 +60,11 @@ def _questions(job: Job, checkpoint: Path, split: str, num_images: int) -> tuple
     frames = load_frames(job, split, num_images)
     tokenizer = Tokenizer(checkpoint / VOCABULARY, manifest.tokenizer)
     return frames, make_questions(frames, tokenizer, manifest.labels), manifest
+
+
+def teacher(job: Job) -> Checkpoint:
+    """The large model: from real questions alone, or going on from drawn ones."""
+    return finetune_reasoning(job) if job.recipe.synthetic else train_teacher(job)
 
 
 def calibrate(job: Job) -> CalibrationSet:
@@ -189,14 +195,16 @@ def check(recipe: Recipe, data_path: str | None) -> None:
 
 
 _MODEL = ("prepare", "regions")
+_DRAWN = ("task", "data", "synthetic", "referred_weight")
 STAGES: tuple[Stage, ...] = (
     Stage("prepare", prepare, (), ("data", "task", "preprocess", "text")),
     Stage("detector", train_detector, ("prepare",), ("data", "task", "preprocess", "tee", "detector")),
     Stage("regions", cache_regions, ("detector",), ("data", "task", "preprocess")),
-    Stage("teacher", train_teacher, ("detector", *_MODEL), ("task", "teacher", "referred_weight")),
-    Stage("distil", distil, ("detector", "teacher", *_MODEL), ("task", "distil", "referred_weight")),
-    Stage("prune", prune, ("teacher", "distil", *_MODEL), ("prune", "referred_weight")),
-    Stage("trim", trim, ("prune", *_MODEL), ("trim", "referred_weight")),
+    Stage("synthetic", pretrain_reasoning, ("detector", *_MODEL), _DRAWN, only_with="synthetic"),
+    Stage("teacher", teacher, ("detector", "synthetic", *_MODEL), ("teacher", *_DRAWN)),
+    Stage("distil", distil, ("detector", "teacher", *_MODEL), ("distil", *_DRAWN)),
+    Stage("prune", prune, ("teacher", "distil", *_MODEL), ("prune", *_DRAWN)),
+    Stage("trim", trim, ("prune", *_MODEL), ("trim", *_DRAWN)),
     Stage("calibrate", calibrate, ("trim",), ("data", "calibration")),
     Stage("export", export, ("trim", "calibrate"), ("name", "export")),
     Stage("verify", verify, ("trim", "export"), ("data", "verify")),

@@ -80,7 +80,7 @@ def build_programs(model: VLM, manifest: Checkpoint) -> list[Program]:
         ("features", "boxes", "scores"),
     )
     regions = Regions(
-        torch.zeros(1, tee.num_regions, tee.roi_hidden),
+        torch.zeros(1, tee.num_regions, model.tee.region_dim),
         torch.zeros(1, tee.num_regions, 4),
         torch.ones(1, tee.num_regions),
     )

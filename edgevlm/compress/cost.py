@@ -1,6 +1,7 @@
 """What a model costs: parameters and multiply-adds of the fusion, by formula."""
 
 from edgevlm.artifacts import FusionConfig
+from edgevlm.models.geometry import box_numbers
 
 
 def head_parameters(hidden: int, head_dim: int) -> int:
@@ -21,7 +22,8 @@ def prunable_parameters(config: FusionConfig) -> int:
 
 def fusion_macs(config: FusionConfig, num_words: int, num_regions: int, num_keep: int, region_dim: int) -> int:
     """Multiply-adds of one answer program: projection of the regions and all layers; norms and softmax not counted."""
-    total = num_regions * (region_dim + 6) * config.hidden
+    total = num_regions * (region_dim + box_numbers(config)) * config.hidden
+    num_words += len(config.parts)
     tokens = num_words + num_regions
     for i, (heads, ffn) in enumerate(zip(config.layer_heads, config.layer_ffn, strict=True)):
         inner = heads * config.head_dim

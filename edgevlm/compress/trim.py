@@ -94,7 +94,7 @@ def trim(job: Job) -> Checkpoint:
     for name, keep in section.rungs.items():
         rung_metrics = evaluate(model, job, keep)
         report(job, f"rung {name}", rung_metrics)
-        macs = fusion_macs(config.fusion, manifest.tokenizer.max_tokens, tee.num_regions, keep, tee.roi_hidden)
+        macs = fusion_macs(config.fusion, manifest.tokenizer.max_tokens, tee.num_regions, keep, model.tee.region_dim)
         rungs.append(
             Rung(name=name, num_regions=keep, gmacs=macs / 1e9, expected_accuracy=rung_metrics["accuracy_val"])
         )

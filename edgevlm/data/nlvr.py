@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from edgevlm.artifacts import Labels
+from edgevlm.data.nlvr_words import VOCABULARY
 from edgevlm.data.preprocess import load_image
 from edgevlm.data.sample import Sample, Text
 from edgevlm.errors import DataError, ImageError, RecipeError
@@ -91,6 +92,8 @@ class NLVR:
     name = "nlvr"
     splits: tuple[str, ...] = ("train", "val", "dev", "test")
     labels = LABELS
+    words = VOCABULARY
+    """What the vocabulary must hold whole, so that a spelling can take another's meaning."""
 
     def __init__(self, path: Path, task: str, seed: int = 0, permutations: Mapping[str, Choice] | None = None) -> None:
         if task != "reasoning":
@@ -139,6 +142,16 @@ class NLVR:
             if num_samples == limit:
                 return
         self.num_unlabelled[split] = num_unlabelled
+
+    def records(self, split: str) -> list[Record]:
+        """The records of a split, without images.
+
+        Raises:
+            DataError: a malformed record.
+        """
+        train, val = _divide(self._records("train"))
+        parts = {"train": train, "val": val}
+        return list((parts[split] if split in parts else self._records(split)).values())
 
     def _wanted(self, split: str, identifier: str) -> Sequence[int]:
         choice = self.permutations[split]

@@ -23,10 +23,10 @@ BASE_CHARACTERS = ascii_lowercase + digits + "?.,'-"
 """Always in the vocabulary, so that a word outside the training data is spelled and not lost."""
 
 
-def train_vocabulary(texts: Iterable[str], size: int) -> list[str]:
+def train_vocabulary(texts: Iterable[str], size: int, words: Sequence[str] = ()) -> list[str]:
     """A WordPiece vocabulary of at most `size` tokens, lower case; the position of a token is its id.
 
-    The same texts, in any order, give the same vocabulary.
+    The same texts, in any order, give the same vocabulary. `words` are in it whole.
 
     Raises:
         TextError: `size` does not hold the special tokens and the characters of the texts.
@@ -40,9 +40,10 @@ def train_vocabulary(texts: Iterable[str], size: int) -> list[str]:
     # `tokenizers` numbers the "##x" pieces in hash-map order, which differs from run to run and decides ties between
     # merges. Handed over as special tokens, all single characters have fixed ids.
     fixed = [*SPECIAL_TOKENS, *sorted(characters), *(f"##{character}" for character in sorted(characters))]
+    fixed = list(dict.fromkeys((*fixed, *words)))
     if size < len(fixed):
         raise TextError(
-            f"A vocabulary of {size} tokens cannot hold the {len(fixed)} special tokens and characters of the texts",
+            f"A vocabulary of {size} tokens cannot hold the {len(fixed)} special tokens, characters and whole words",
             f"Set text.vocab_size to {len(fixed)} or more",
         )
     trainer = trainers.WordPieceTrainer(vocab_size=size, show_progress=False, special_tokens=fixed)

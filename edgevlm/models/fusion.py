@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from edgevlm.artifacts import FusionConfig, TokenizerSpec
 from edgevlm.models.gates import LayerGates
+from edgevlm.models.geometry import BoxGeometry, box_numbers
 from edgevlm.models.regions import take
 from edgevlm.models.trimmer import TokenTrimmer, straight_through_keep
 
 MASKED = -1e4
-BOX_NUMBERS = 6  # normalised corners, width, height
 
 
 @dataclass
 class FusionOutput:
-    """What the layers produced; T = tokens (text first, then regions)."""
+    """What the layers produced; T = tokens (text first, then parts of the image where the config names any, then regions)."""
 
     pooled_BD: Tensor
     regions_BND: Tensor
@@ -31,6 +31,8 @@ class FusionOutput:
     """Embedding output, then each layer's output."""
     attention_BHTT: list[Tensor] = field(default_factory=list)
     trim_scores_BN: Tensor | None = None
+    parts_BPD: Tensor | None = None
+    """Last hidden states of the part tokens."""
 
 
 class Attention(nn.Module):
@@ -96,27 +98,38 @@ class Fusion(nn.Module):
         self.positions = nn.Embedding(tokenizer.max_tokens, config.hidden)
         self.types = nn.Embedding(2, config.hidden)
         self.word_norm = nn.LayerNorm(config.hidden, eps=1e-12)
-        self.region = nn.Linear(region_dim + BOX_NUMBERS, config.hidden)
+        self.region = nn.Linear(region_dim + box_numbers(config), config.hidden)
         self.region_norm = nn.LayerNorm(config.hidden, eps=1e-5)
+        self.geometry = BoxGeometry(config) if config.box_encoding == "geometry" else None
         self.layers = nn.ModuleList(Layer(config, i) for i in range(len(config.layer_heads)))
         self.trimmer = TokenTrimmer(config) if config.trim_after is not None else None
         self.pooler = nn.Linear(config.hidden, config.hidden)
         for embedding in (self.words, self.positions, self.types):
             nn.init.normal_(embedding.weight, std=0.02)
+        if config.parts:
+            self.parts = nn.Parameter(torch.randn(len(config.parts), config.hidden) * 0.02)
+            self.part_norm = nn.LayerNorm(config.hidden, eps=1e-12)
 
     def embed(
         self, features_BND: Tensor, boxes_norm_BN4: Tensor, input_ids_BL: Tensor, num_caption: int | None = None
     ) -> Tensor:
-        """Token embeddings, (B, L + N, D); words from `num_caption` on are tags and share the regions' type."""
+        """Token embeddings, (B, L + P + N, D); words from `num_caption` on are tags and share the regions' type."""
         positions = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)
         words = self.words(input_ids_BL) + self.positions(positions)
         if num_caption is None:
             words = words + self.types.weight[0]
         else:
             words = words + self.types((positions >= num_caption).long())
-        sizes = boxes_norm_BN4[..., 2:] - boxes_norm_BN4[..., :2]
-        regions = self.region(torch.cat([features_BND, boxes_norm_BN4, sizes], dim=-1)) + self.types.weight[1]
-        return torch.cat([self.word_norm(words), self.region_norm(regions)], dim=1)
+        if self.geometry is None:
+            sizes = boxes_norm_BN4[..., 2:] - boxes_norm_BN4[..., :2]
+            boxes = torch.cat([boxes_norm_BN4, sizes], dim=-1)
+        else:
+            boxes = self.geometry(boxes_norm_BN4)
+        regions = self.region(torch.cat([features_BND, boxes], dim=-1)) + self.types.weight[1]
+        tokens = [self.word_norm(words), self.region_norm(regions)]
+        if self.config.parts:
+            tokens.insert(1, self.part_norm(self.parts).expand(len(words), -1, -1))
+        return torch.cat(tokens, dim=1)
 
     def forward(
         self,
@@ -143,14 +156,18 @@ class Fusion(nn.Module):
             num_caption: words of the caption; the other words are tags. None = all words.
             seq2seq: a caption word sees the caption up to itself, and tags and regions see no caption (for generation).
         """
-        length, num_regions = input_ids_BL.shape[1], features_BND.shape[1]
-        text_valid = (input_ids_BL != self.pad_id).to(features_BND.dtype)
+        num_words, num_regions, num_parts = input_ids_BL.shape[1], features_BND.shape[1], len(self.config.parts)
+        length = num_words + num_parts  # of what comes before the regions
+        context_valid = (input_ids_BL != self.pad_id).to(features_BND.dtype)
+        if num_parts:
+            ones = torch.ones(len(features_BND), num_parts, dtype=context_valid.dtype, device=context_valid.device)
+            context_valid = torch.cat([context_valid, ones], dim=1)
 
         def attention_mask(region_valid: Tensor) -> Tensor:
-            mask_B11T = ((1.0 - torch.cat([text_valid, region_valid], dim=1)) * MASKED)[:, None, None, :]
+            mask_B11T = ((1.0 - torch.cat([context_valid, region_valid], dim=1)) * MASKED)[:, None, None, :]
             if not seq2seq:
                 return mask_B11T
-            return mask_B11T + seq2seq_mask(num_caption or length, mask_B11T.shape[-1], mask_B11T)
+            return mask_B11T + seq2seq_mask(num_caption or num_words, mask_B11T.shape[-1], mask_B11T)
 
         mask = attention_mask(valid_BN)
         x = self.embed(features_BND, boxes_norm_BN4, input_ids_BL, num_caption)
@@ -170,13 +187,14 @@ class Fusion(nn.Module):
                     mask = attention_mask(take(valid_BN, kept_index))
                 else:
                     kept = straight_through_keep(trim_scores, num_keep, trim_temperature)
-                    keep = torch.cat([torch.ones_like(text_valid), kept], dim=1)
+                    keep = torch.cat([torch.ones_like(context_valid), kept], dim=1)
         looked_at = attentions[-1][:, :, 0, length:].mean(1)
         if kept_index is not None:
             places = (kept_index.unsqueeze(-1) == torch.arange(num_regions, device=x.device)).to(x.dtype)
             looked_at = torch.matmul(looked_at.unsqueeze(1), places).squeeze(1)
         pooled = torch.tanh(self.pooler(x[:, 0]))
-        return FusionOutput(pooled, x[:, length:], looked_at, hidden, attentions, trim_scores)
+        parts = x[:, num_words:length] if num_parts else None
+        return FusionOutput(pooled, x[:, length:], looked_at, hidden, attentions, trim_scores, parts)
 
 
 def seq2seq_mask(num_caption: int, num_tokens: int, like: Tensor) -> Tensor:

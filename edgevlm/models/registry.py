@@ -28,6 +28,7 @@ FUSIONS: dict[str, FusionConfig] = {
     "test-fusion": FusionConfig.uniform(hidden=32, layers=2, heads=2, ffn=64),
     "edge-l3-h128": FusionConfig.uniform(hidden=128, layers=3, heads=4, ffn=384),
     "edge-l3-h96": FusionConfig.uniform(hidden=96, layers=3, heads=4, ffn=384),
+    "edge-l4-h96": FusionConfig.uniform(hidden=96, layers=4, heads=4, ffn=256),
 }
 """Fusion name -> config."""
 

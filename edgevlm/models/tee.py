@@ -85,6 +85,7 @@ class TEE(nn.Module):
     def __init__(self, config: TEEConfig, spec: PreprocessSpec, num_classes: int, num_attributes: int) -> None:
         super().__init__()
         self.config = config
+        self.region_dim = config.region_dim(num_classes, num_attributes)
         self.strides = [2**level for level in range(config.first_level, config.first_level + config.num_levels)]
         image_size = (spec.height, spec.width)
         self.trunk = create_trunk(config.trunk, config.first_level, config.num_levels)
@@ -134,10 +135,16 @@ class TEE(nn.Module):
         scores = torch.softmax(output.class_logits_BRC, dim=-1)[..., :-1].amax(-1)
         boxes = decode_boxes(proposals_BP4, output.deltas_BR4, self.limits, BOX_SCALE)
         scores, index = torch.topk(scores, scores.shape[1], dim=1)
-        boxes, features = take(boxes, index), take(output.features_BRD, index)
+        boxes, features = take(boxes, index), take(self._region_features(output), index)
         keep = cluster_nms(boxes, REGION_NMS_IOU)
         index = survivors_first(keep, self.config.num_regions)
         return Regions(take(features, index), take(boxes, index) / self.limits, take(scores * keep, index))
+
+    def _region_features(self, output: BoxOutput) -> Tensor:
+        if self.config.region_feature == "hidden":
+            return output.features_BRD
+        classes = torch.softmax(output.class_logits_BRC, dim=-1)
+        return torch.cat([classes, torch.sigmoid(output.attribute_logits_BRA)], dim=-1)
 
     def forward(self, pixels_BCHW: Tensor) -> Regions:
         dense = self.dense(pixels_BCHW)

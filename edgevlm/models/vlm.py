@@ -30,7 +30,7 @@ class VLM(nn.Module):
         super().__init__()
         self.config = config
         self.tee = TEE(config.tee, spec, len(labels.classes), len(labels.attributes))
-        self.fusion = Fusion(config.fusion, tokenizer, config.tee.roi_hidden)
+        self.fusion = Fusion(config.fusion, tokenizer, self.tee.region_dim)
         self.head = AnswerHead(config.fusion.hidden, len(labels.answers))
         self.referred = nn.Linear(config.fusion.hidden, 1)
         hidden = config.fusion.hidden

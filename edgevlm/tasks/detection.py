@@ -28,9 +28,9 @@ class Truth(NamedTuple):
 class DetectionObjective(nn.Module):
     """RPN objectness and smooth-L1, class cross-entropy, class-agnostic smooth-L1, attribute BCE (MiniVLM, section 3)."""
 
-    def __init__(self, tee: TEE) -> None:
+    def __init__(self, tee: TEE, box_beta: float = 1.0) -> None:
         super().__init__()
-        self.tee = tee
+        self.tee, self.box_beta = tee, box_beta
 
     def forward(
         self, pixels_BHWC: Tensor, boxes_BG4: Tensor, classes_BG: Tensor, attributes_BGA: Tensor
@@ -83,7 +83,8 @@ class DetectionObjective(nn.Module):
         count = positive.sum().clamp(min=1)
         matched = truth.boxes_BG4.gather(1, match_BP.unsqueeze(-1).expand(-1, -1, 4))
         targets = encode_boxes(proposals_BP4, matched, BOX_SCALE)
-        boxes = (F.smooth_l1_loss(output.deltas_BR4, targets, reduction="none").sum(-1) * positive).sum() / count
+        errors = F.smooth_l1_loss(output.deltas_BR4, targets, beta=self.box_beta, reduction="none").sum(-1)
+        boxes = (errors * positive).sum() / count
         tags = truth.attributes_BGA.gather(1, match_BP.unsqueeze(-1).expand(-1, -1, truth.attributes_BGA.shape[-1]))
         errors = F.binary_cross_entropy_with_logits(output.attribute_logits_BRA, tags, reduction="none").sum(-1)
         return classes, boxes, (errors * positive).sum() / count

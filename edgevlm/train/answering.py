@@ -16,7 +16,8 @@ from edgevlm.models.vlm import VLM
 from edgevlm.recipe import TrainSection
 from edgevlm.tasks import answers as task
 from edgevlm.train.checkpoints import save_checkpoint
-from edgevlm.train.loop import fit
+from edgevlm.train.drawn import open_drawn
+from edgevlm.train.loop import Batch, fit
 from edgevlm.train.regions import AnswerBatch, RegionSplit
 
 
@@ -73,14 +74,28 @@ def fit_answers(
     what: str,
     seed: int,
     min_regions: int = 1,
+    with_trace: bool = False,
     **settings: Any,
 ) -> None:
-    """Train on the cached regions of the training split; `settings` go on to `fit`."""
+    """Train on the cached regions of the training split, and on drawn sentences where the recipe has `synthetic`.
+
+    `with_trace` hands the objective the trace of the drawn ones as well; `settings` go on to `fit`.
+    """
     split = RegionSplit.load(job.inputs["regions"], "train")
+    synthetic = job.recipe.synthetic
+    drawn = open_drawn(job, seed) if synthetic else None
+
+    def make_batch(rows: Tensor) -> Batch:
+        real = batch_of(model, split, rows, min_regions)
+        if drawn is None or synthetic is None:
+            return {"batch": real}
+        mixed, trace = drawn.beside(real, rows, synthetic.mix, model.config.fusion.parts)
+        return {"batch": mixed, "trace": trace} if with_trace else {"batch": mixed}
+
     fit(
         objective,
         len(split.answers),
-        lambda rows: {"batch": batch_of(model, split, rows, min_regions)},
+        make_batch,
         section,
         what=what,
         work_dir=job.out_dir,
@@ -89,6 +104,8 @@ def fit_answers(
         reporter=job.reporter,
         **settings,
     )
+    if drawn is not None:
+        drawn.tie(model)
 
 
 @torch.no_grad()

@@ -56,7 +56,8 @@ def train_detector(job: Job) -> Checkpoint:
     """Train the extractor from scratch; the fusion half of the checkpoint is untrained."""
     recipe = job.recipe
     vocabulary = read_manifest(job.inputs["prepare"], Vocabulary)
-    train = load_frames(job, "train", recipe.data.num_train)
+    limits = [limit for limit in (recipe.data.num_train, recipe.detector.num_images) if limit is not None]
+    train = load_frames(job, "train", min(limits, default=None))
     truth = make_truth(train, len(vocabulary.labels.attributes))
     torch.manual_seed(recipe.seed)
     manifest = Checkpoint(
@@ -79,7 +80,7 @@ def train_detector(job: Job) -> Checkpoint:
         }
 
     model.tee.to(memory_format=torch.channels_last)  # pyright: ignore  (a quarter faster on CPUs)
-    objective = DetectionObjective(model.tee)
+    objective = DetectionObjective(model.tee, recipe.detector.box_beta)
     fit(
         objective,
         len(pixels),

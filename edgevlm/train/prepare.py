@@ -21,7 +21,7 @@ def prepare(job: Job) -> Vocabulary:
             texts += [text.text for text in sample.texts] + list(sample.captions)
             bar.update(done)
     path = job.out_dir / VOCABULARY
-    write_vocabulary(path, train_vocabulary(texts, recipe.text.vocab_size))
+    write_vocabulary(path, train_vocabulary(texts, recipe.text.vocab_size, getattr(reader, "words", ())))
     manifest = Vocabulary(
         provenance=job.provenance,
         preprocess=recipe.preprocess,
