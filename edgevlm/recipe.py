@@ -100,6 +100,8 @@ class DistilSection(TeacherSection):
     """loss = (1 - kd_weight) x task + kd_weight x distillation (EfficientVLM, section 3)."""
     hidden_weight: float = Field(0.1, ge=0)
     attention_weight: float = Field(1.0, ge=0)
+    start: Literal["random", "teacher"] = "random"
+    """`teacher`: the student begins with the teacher's embeddings, heads and the layers it imitates (same widths)."""
 
 
 class PruneSection(TrainSection):

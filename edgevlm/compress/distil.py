@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgevlm.artifacts import Checkpoint
-from edgevlm.errors import CheckpointError
+from edgevlm.errors import CheckpointError, RecipeError
 from edgevlm.job import Job
 from edgevlm.models import vlm
 from edgevlm.models.fusion import FusionOutput
@@ -110,6 +110,27 @@ def load_teacher(job: Job, student: Checkpoint) -> VLM:
     return teacher
 
 
+def start_from_teacher(student: VLM, teacher: VLM) -> None:
+    """Copy the teacher's weights into the student: everything outside the layers, and the layers that it imitates.
+
+    Raises:
+        RecipeError: the widths differ.
+    """
+    theirs = teacher.state_dict()
+    depths = len(student.config.fusion.layer_heads), len(teacher.config.fusion.layer_heads)
+    layers = {f"fusion.layers.{i}.": f"fusion.layers.{j}." for i, j in enumerate(layer_map(*depths))}
+    state: dict[str, Tensor] = {}
+    for name, value in student.state_dict().items():
+        source = next((name.replace(mine, other, 1) for mine, other in layers.items() if name.startswith(mine)), name)
+        if source not in theirs or theirs[source].shape != value.shape:
+            raise RecipeError(
+                f"distil.start: the teacher has no {source} of the student's shape",
+                "Give the student the teacher's widths (fewer layers are fine), or set distil.start: random",
+            )
+        state[name] = theirs[source]
+    student.load_state_dict(state)
+
+
 def distil(job: Job) -> Checkpoint:
     """Train the student's fusion under the teacher; the extractor is the detector's."""
     recipe, section = job.recipe, job.recipe.distil
@@ -117,6 +138,8 @@ def distil(job: Job) -> Checkpoint:
     teacher = load_teacher(job, manifest)
     torch.manual_seed(recipe.seed + 2)
     student = with_fusion(detector, manifest, resolve_fusion(section.fusion))
+    if section.start == "teacher":
+        start_from_teacher(student, teacher)
     objective = DistilObjective(student, teacher, section, recipe.referred_weight)
     fit_answers(objective, student, job, section, what="distil", seed=recipe.seed + 2)
     metrics = evaluate(student, job)

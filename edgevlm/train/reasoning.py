@@ -30,35 +30,47 @@ from edgevlm.train.regions import AnswerBatch
 
 
 class ReasoningObjective(nn.Module):
-    """Task loss + which regions are referred to + the trace per part. The trace heads live here: they are not deployed."""
+    """Task loss + which regions are referred to + the trace per part.
+
+    The trace is asked for on the way as well: referred regions from the middle layer on, claims per part from the last
+    but one on, so that [CLS] finds them when its turn comes. The heads for it live here: they are not deployed.
+    """
 
     def __init__(self, model: VLM, referred_weight: float, trace_weight: float, smoothing: float = 0.0) -> None:
         super().__init__()
         self.model = model
         self.referred_weight, self.trace_weight, self.smoothing = referred_weight, trace_weight, smoothing
-        hidden = model.config.fusion.hidden
-        self.holds = nn.Linear(hidden, 1)
-        self.counts = nn.Linear(hidden, MOST_COUNTED + 1)
-        for head in (self.holds, self.counts):  # zeros: a fresh head must not disturb a trained fusion
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+        hidden, depth = model.config.fusion.hidden, len(model.config.fusion.layer_heads)
+        self.middle, self.late = depth // 2, max(1, depth - 1)
+        self.referred = nn.ModuleList(nn.Linear(hidden, 1) for _ in range(self.middle, depth))
+        self.holds = nn.ModuleList(nn.Linear(hidden, 1) for _ in range(self.late, depth + 1))
+        self.counts = nn.ModuleList(nn.Linear(hidden, MOST_COUNTED + 1) for _ in range(self.late, depth + 1))
+        for heads in (self.referred, self.holds, self.counts):
+            for parameter in heads.parameters():  # zeros: a fresh head must not disturb a trained fusion
+                nn.init.zeros_(parameter)
         freeze_extractor(model)
 
     def forward(self, batch: AnswerBatch, trace: Trace) -> tuple[Tensor, dict[str, Tensor]]:
         answer = self.model.answer(batch.regions, batch.input_ids)
-        losses = F.cross_entropy(answer.logits_BA, batch.answers, label_smoothing=self.smoothing, reduction="none")
-        loss, logs = losses.mean(), {}
+        loss = F.cross_entropy(answer.logits_BA, batch.answers, label_smoothing=self.smoothing)
         right = (answer.logits_BA.argmax(1) == batch.answers).float()
-        logs["drawn"] = (right * trace.known_B).sum() / trace.known_B.sum().clamp(min=1)
+        logs = {"drawn": (right * trace.known_B).sum() / trace.known_B.sum().clamp(min=1)}
         if (trace.known_B == 0).any():
             logs["real"] = (right * (1 - trace.known_B)).sum() / (1 - trace.known_B).sum()
+        num_regions, num_parts = batch.regions.scores_BN.shape[1], trace.holds_BP.shape[1]
+        states = answer.fusion.hidden_BTD
         referred = referred_loss(self.model, self.model.refer(answer), batch)
-        parts_BPD = answer.fusion.parts_BPD
-        assert parts_BPD is not None
-        holds = F.binary_cross_entropy_with_logits(self.holds(parts_BPD).squeeze(-1), trace.holds_BP, reduction="none")
-        counts = F.cross_entropy(self.counts(parts_BPD).transpose(1, 2), trace.counts_BP, reduction="none")
-        known = trace.known_B[:, None] / (trace.known_B.sum().clamp(min=1) * parts_BPD.shape[1])
-        holds, counts = (holds * known).sum(), (counts * known).sum()
+        for head, state in zip(self.referred, states[self.middle :], strict=False):
+            referred = referred + referred_loss(self.model, head(state[:, -num_regions:]).squeeze(-1), batch)
+        referred = referred / (1 + len(self.referred))
+        known = trace.known_B[:, None] / (trace.known_B.sum().clamp(min=1) * num_parts * len(self.holds))
+        holds, counts = torch.zeros_like(loss), torch.zeros_like(loss)
+        for says, counted, state in zip(self.holds, self.counts, states[self.late :], strict=True):
+            parts_BPD = state[:, -num_regions - num_parts : -num_regions]
+            errors = F.binary_cross_entropy_with_logits(says(parts_BPD).squeeze(-1), trace.holds_BP, reduction="none")
+            holds = holds + (errors * known).sum()
+            errors = F.cross_entropy(counted(parts_BPD).transpose(1, 2), trace.counts_BP, reduction="none")
+            counts = counts + (errors * known).sum()
         loss = loss + self.referred_weight * referred + self.trace_weight * (holds + 0.5 * counts)
         logs |= {"referred": referred.detach(), "holds": holds.detach(), "counts": counts.detach()}
         return loss, logs
