@@ -99,7 +99,7 @@ def thing(rng: Rng, scenes: Scenes, towers: bool, colour: float = 0.8, shape: fl
 
 
 def place(rng: Rng, scenes: Scenes) -> tuple[str, np.ndarray]:
-    """ "touching the base" and its like, with the items (S, 3, 8) that do."""
+    """Like "touching the base" and its like, with the items (S, 3, 8) that do."""
     edge = scenes.left | scenes.right | scenes.top | scenes.bottom
     corner = (scenes.left | scenes.right) & (scenes.top | scenes.bottom)
     kind = weighted(
@@ -122,7 +122,8 @@ def place(rng: Rng, scenes: Scenes) -> tuple[str, np.ndarray]:
         "corner": corner,
         "top": scenes.top,
         "left": scenes.left,
-        "right corner": scenes.right & (scenes.bottom if "base" in texts["right corner"] else scenes.top | scenes.bottom),
+        "right corner": scenes.right
+        & (scenes.bottom if "base" in texts["right corner"] else scenes.top | scenes.bottom),
     }
     closely = pick(rng, "closely ", "closely ", "") if kind not in ("edge",) else pick(rng, "closely ", "", "", "")
     if kind == "corner" and rng.random() < 0.1:
@@ -143,7 +144,7 @@ def _colours_of(scenes: Scenes) -> np.ndarray:
 
 
 def amount(rng: Rng, scenes: Scenes, towers: bool) -> Claim:
-    """ "exactly 3 item", "only 1 black item", "2 blue circle"."""
+    """Like "exactly 3 item", "only 1 black item", "2 blue circle"."""
     it = thing(rng, scenes, towers, colour=0.6, shape=0.25)
     count = it.items.sum(2)
     text, holds, number = quantify(
@@ -157,7 +158,7 @@ def amount(rng: Rng, scenes: Scenes, towers: bool) -> Claim:
 
 
 def list_of(rng: Rng, scenes: Scenes, towers: bool) -> Claim:
-    """ "a black circle and 2 blue item" and longer lists; "a" is exactly one here."""
+    """Like "a black circle and 2 blue item" and longer lists; "a" is exactly one here."""
     number, parts = int(rng.choice((2, 2, 2, 3, 3, 4))), []
     holds, items = np.ones(scenes.height.shape, bool), np.zeros(scenes.present.shape, bool)
     forms = [(4, "a"), (1, "is"), (1.5, "least"), (0.4, "exactly"), (0.2, "more")]
@@ -178,13 +179,15 @@ def list_of(rng: Rng, scenes: Scenes, towers: bool) -> Claim:
 
 
 def colours(rng: Rng, scenes: Scenes, towers: bool) -> Claim:
-    """ "only blue and black item", "4 item of 3 different color", "2 item of the same color"."""
+    """Like "only blue and black item", "4 item of 3 different color", "2 item of the same color"."""
     noun = "block" if towers else "item"
     per_colour, height = _colours_of(scenes), scenes.height
     present = per_colour > 0
     amount_text, amount_true = "", np.ones(height.shape, bool)
     if rng.random() < 0.55:
-        amount_text, amount_true, _ = quantify(rng, height, [(5, "is"), (2, "exactly"), (2, "least"), (1, "only"), (0.4, "most")])
+        amount_text, amount_true, _ = quantify(
+            rng, height, [(5, "is"), (2, "exactly"), (2, "least"), (1, "only"), (0.4, "most")]
+        )
         amount_text += " "
     kind = weighted(rng, [(4, "two"), (3, "one"), (3, "kinds"), (1.5, "all"), (2, "same")])
     a, b = (int(i) for i in rng.permutation(3)[:2])
@@ -202,7 +205,11 @@ def colours(rng: Rng, scenes: Scenes, towers: bool) -> Claim:
         if not text.startswith(amount_text):
             amount_true = np.ones(height.shape, bool)
         if text == f"{pair} {noun}":
-            true = present[..., a] & present[..., b] & ((height == per_colour[..., a] + per_colour[..., b]) | (rng.random() < 0.5))
+            true = (
+                present[..., a]
+                & present[..., b]
+                & ((height == per_colour[..., a] + per_colour[..., b]) | (rng.random() < 0.5))
+            )
     elif kind == "one":
         true = present[..., a] & (per_colour[..., a] == height)
         name = COLOUR_NAMES[a]
@@ -214,7 +221,9 @@ def colours(rng: Rng, scenes: Scenes, towers: bool) -> Claim:
     elif kind == "kinds":
         number = int(rng.choice((1, 2, 2, 2, 3, 3)))
         true = present.sum(2) == number
-        form = pick(rng, "of {} different color", "of {} different color", "of only {} color", "of only {} different color")
+        form = pick(
+            rng, "of {} different color", "of {} different color", "of only {} color", "of only {} different color"
+        )
         text = f"{amount_text}{noun} {form.format(number)}"
     elif kind == "all":
         true = present.all(2)
@@ -227,9 +236,11 @@ def colours(rng: Rng, scenes: Scenes, towers: bool) -> Claim:
 
 
 def of_which(rng: Rng, scenes: Scenes, towers: bool) -> Claim:
-    """ "6 item of that 2 is yellow", "2 item and the 2 is black"."""
+    """Like "6 item of that 2 is yellow", "2 item and the 2 is black"."""
     noun = "block" if towers else "item"
-    text, true, number = quantify(rng, scenes.height, [(5, "is"), (2, "exactly"), (2, "least"), (1, "only"), (1, "most")])
+    text, true, number = quantify(
+        rng, scenes.height, [(5, "is"), (2, "exactly"), (2, "least"), (1, "only"), (1, "most")]
+    )
     it = thing(rng, scenes, towers, colour=0.8, shape=0.35)
     words = it.text.removesuffix(" item").removesuffix(" block") if it.text != noun else noun
     count = it.items.sum(2)
@@ -248,7 +259,7 @@ def of_which(rng: Rng, scenes: Scenes, towers: bool) -> Claim:
 
 
 def at_wall(rng: Rng, scenes: Scenes) -> Claim:
-    """ "a yellow item touching the edge", with the like in front or behind."""
+    """Like "a yellow item touching the edge", with the like in front or behind."""
     it = thing(rng, scenes, False, shape=0.5, size=0.15)
     where_text, where = place(rng, scenes)
     if rng.random() < 0.2:
@@ -264,7 +275,7 @@ def at_wall(rng: Rng, scenes: Scenes) -> Claim:
 
 
 def on_top(rng: Rng, scenes: Scenes) -> Claim:
-    """ "a blue item on top", "a black item touching the edge and a blue item on top of it"."""
+    """Like "a blue item on top", "a black item touching the edge and a blue item on top of it"."""
     it = thing(rng, scenes, False, shape=0.2, size=0.0)
     upper = it.items & scenes.highest
     kind = weighted(rng, [(3, "top"), (3, "wall"), (1.5, "amount"), (1, "over")])
@@ -290,7 +301,7 @@ def on_top(rng: Rng, scenes: Scenes) -> Claim:
 
 
 def beside(rng: Rng, scenes: Scenes) -> Claim:
-    """ "2 black item touching each other", "a black and a blue circle touching each other"."""
+    """Like "2 black item touching each other", "a black and a blue circle touching each other"."""
     if rng.random() < 0.6:
         it = thing(rng, scenes, False, shape=0.4, size=0.05)
         pairs = scenes.touching & it.items[..., :, None] & it.items[..., None, :]
@@ -308,7 +319,7 @@ def beside(rng: Rng, scenes: Scenes) -> Claim:
 
 
 def sizes(rng: Rng, scenes: Scenes) -> Claim:
-    """ "2 yellow square of the same size", "a blue circle of medium size"."""
+    """Like "2 yellow square of the same size", "a blue circle of medium size"."""
     it = thing(rng, scenes, False, shape=0.8, size=0.0)
     if rng.random() < 0.5:
         index = int(rng.integers(3))

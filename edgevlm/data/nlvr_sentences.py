@@ -52,7 +52,7 @@ class Sentence:
 
 
 def count_items(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
-    """ "there is 4 yellow item", "there is exactly 1 blue circle touching the edge"."""
+    """Like "there is 4 yellow item", "there is exactly 1 blue circle touching the edge"."""
     it = thing(rng, scenes, towers, colour=0.9, shape=0.65)
     text, items = it.text, it.items
     at = ""
@@ -72,7 +72,7 @@ def count_items(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
 
 
 def all_items(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
-    """ "none of the blue item is touching any edge", "all yellow square is touching the edge", "the black circle is ..."."""
+    """Like "none of the blue item is touching any edge", "all yellow square is touching the edge", "the black circle is ..."."""
     it = thing(rng, scenes, False, colour=0.9, shape=0.7, size=0.12)
     where_text, where = place(rng, scenes)
     negated = rng.random() < 0.3
@@ -88,7 +88,12 @@ def all_items(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
         text = pick(rng, f"all {it.text} is {sign}{where_text}", f"all the {it.text} is {sign}{where_text}")
     elif kind == "the":
         truth = fits.any((1, 2))
-        text = pick(rng, f"the {it.text} is {sign}{where_text}", f"{it.text} is {sign}{where_text}", f"a {it.text} is {sign}{where_text}")
+        text = pick(
+            rng,
+            f"the {it.text} is {sign}{where_text}",
+            f"{it.text} is {sign}{where_text}",
+            f"a {it.text} is {sign}{where_text}",
+        )
     else:
         fits = it.items & where
         truth = fits.any((1, 2)) & (fits == (scenes.present & where)).all((1, 2))
@@ -97,7 +102,7 @@ def all_items(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
 
 
 def in_boxes(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
-    """ "there is at least 1 black item in each box", "there is 2 yellow item in a box"."""
+    """Like "there is at least 1 black item in each box", "there is 2 yellow item in a box"."""
     it = thing(rng, scenes, towers, colour=0.85, shape=0.5)
     count = it.items.sum(2)
     quantity, holds, _ = quantify(rng, count, [(4, "least"), (2, "a"), (1, "exactly"), (2, "is")])
@@ -157,7 +162,9 @@ def _quantified_boxes(rng: Rng, holds: np.ndarray, noun: str, claim: str) -> tup
         return f"there is {pick(rng, 'a', 'a', 'a', 'at least 1')} {noun} {link} {claim}", number >= 1
     if kind == "quantity":
         quantity, truth, _ = quantify(
-            rng, np.minimum(number, 3), [(4, "is"), (3, "exactly"), (3, "least"), (1.5, "only"), (0.3, "most"), (0.3, "more")]
+            rng,
+            np.minimum(number, 3),
+            [(4, "is"), (3, "exactly"), (3, "least"), (1.5, "only"), (0.3, "most"), (0.3, "more")],
         )
         return f"there is {quantity} {noun} {link} {claim}", truth
     if kind == "no":
@@ -165,7 +172,11 @@ def _quantified_boxes(rng: Rng, holds: np.ndarray, noun: str, claim: str) -> tup
     has = "" if plain else "has "
     if kind == "one of" and not plain:
         lead, least = pick(rng, ("1", 1), ("1", 1), ("at least 1", 1), ("2", 2))
-        group = pick(rng, "grey square", "grey square", "grey box", noun, "box") if noun == "box" else f"{pick(rng, '', '3 ')}{noun}"
+        group = (
+            pick(rng, "grey square", "grey square", "grey box", noun, "box")
+            if noun == "box"
+            else f"{pick(rng, '', '3 ')}{noun}"
+        )
         return f"{lead} of the {group} has {claim}", number >= least
     if kind == "has" and not plain:
         number_, least = pick(rng, ("1", 1), ("at least 1", 1), ("2", 2), ("at least 2", 2))
@@ -177,7 +188,7 @@ def _quantified_boxes(rng: Rng, holds: np.ndarray, noun: str, claim: str) -> tup
 
 
 def boxes(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
-    """ "there is a box with ..." in all its forms."""
+    """Like "there is a box with ..." in all its forms."""
     claim = box_claim(rng, scenes, towers)
     noun = weighted(rng, [(8, "box"), (0.8, "grey box"), (0.8, "grey square")])
     text, truth = _quantified_boxes(rng, claim.holds, noun, claim.text)
@@ -185,7 +196,7 @@ def boxes(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
 
 
 def same_boxes(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
-    """ "there is 2 box with the same number of item", and of towers also by height, base and top."""
+    """Like "there is 2 box with the same number of item", and of towers also by height, base and top."""
     noun = "tower" if towers else "box"
     what = int(rng.integers(3)) if towers else 0
     last = np.maximum(scenes.height - 1, 0)
@@ -195,7 +206,9 @@ def same_boxes(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
     pairs = (values[:, 0] == values[:, 1]).astype(int) + (values[:, 0] == values[:, 2]) + (values[:, 1] == values[:, 2])
     whole, some = pairs == 3, pairs >= 1
     if what == 0:
-        name = pick(rng, f"the same number of {'block' if towers else 'item'}", *(("the same height",) if towers else ()))
+        name = pick(
+            rng, f"the same number of {'block' if towers else 'item'}", *(("the same height",) if towers else ())
+        )
     else:
         name = pick(rng, f"the same {part}", f"the same color block at the {part}", f"the same {part} color",
                     f"the same color at the {part}", f"block of same color at {part}")  # fmt: skip
@@ -205,16 +218,24 @@ def same_boxes(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
                     "there is at least 2 {n} with {v}", "2 of the 3 {n} has {v}")  # fmt: skip
         text, truth = lead.format(n=noun, v=name), some
     elif form == "all":
-        text, truth = pick(rng, "all the {n} has {v}", "all 3 {n} has {v}", "the 3 {n} has {v}").format(n=noun, v=name), whole
+        text, truth = (
+            pick(rng, "all the {n} has {v}", "all 3 {n} has {v}", "the 3 {n} has {v}").format(n=noun, v=name),
+            whole,
+        )
     elif form == "is all" and what:
         lead = pick(rng, f"the {part} of the tower is all the same", f"the {part} of the 3 tower is the same color",
                     f"all the {part} of the tower has the same color", f"there is only 1 color on the {part} in all 3 tower")  # fmt: skip
         text, truth = lead, whole
     else:
-        text, truth = f"all the {noun} has different {part + ' color' if what else 'number of ' + ('block' if towers else 'item')}", pairs == 0
+        text, truth = (
+            f"all the {noun} has different {part + ' color' if what else 'number of ' + ('block' if towers else 'item')}",
+            pairs == 0,
+        )
         if rng.random() < 0.3 and not what:
             text, truth = f"all the {noun} is not the same in {'height' if towers else 'number'}", ~whole
-    items = scenes.present if what == 0 else scenes.present & (np.arange(8) == (last if what == 2 else 0 * last)[..., None])
+    items = (
+        scenes.present if what == 0 else scenes.present & (np.arange(8) == (last if what == 2 else 0 * last)[..., None])
+    )
     return Sentence(text, truth, items, np.broadcast_to(truth[:, None], values.shape), items.sum(2))
 
 
@@ -222,20 +243,22 @@ def same_boxes(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
 
 
 def tower(rng: Rng, scenes: Scenes, _: bool) -> Sentence:
-    """ "there is a tower with ..." in all its forms."""
+    """Like "there is a tower with ..." in all its forms."""
     claim = towers_.describe(rng, scenes)
     text, truth = _quantified_boxes(rng, claim.holds, "tower", claim.text)
     return Sentence(text, truth, claim.items, claim.holds, claim.count)
 
 
 def tower_end(rng: Rng, scenes: Scenes, _: bool) -> Sentence:
-    """ "there is a yellow block as the top of a tower with 4 block"."""
+    """Like "there is a yellow block as the top of a tower with 4 block"."""
     is_top, colour = rng.random() < 0.5, int(rng.integers(3))
     level = scenes.height - 1 if is_top else np.zeros_like(scenes.height)
     items = scenes.present & (np.arange(8) == level[..., None]) & (scenes.colour == colour)
     size_text, fits = "", np.ones(scenes.height.shape, bool)
     if rng.random() < 0.65:
-        size = towers_.height(rng, scenes, [(5, "is"), (2.5, "least"), (2.5, "exactly"), (0.7, "most"), (0.5, "more"), (0.4, "only")])
+        size = towers_.height(
+            rng, scenes, [(5, "is"), (2.5, "least"), (2.5, "exactly"), (0.7, "most"), (0.5, "more"), (0.4, "only")]
+        )
         size_text, fits = f" with {size.text}", size.holds
     holds = items.any(2) & fits
     items, number = items & fits[..., None], holds.sum(1)
@@ -253,13 +276,13 @@ def tower_end(rng: Rng, scenes: Scenes, _: bool) -> Sentence:
 
 
 def the_tower(rng: Rng, scenes: Scenes, _: bool) -> Sentence:
-    """ "the tower with exactly 2 block has a black block at the base"."""
+    """Like "the tower with exactly 2 block has a black block at the base"."""
     size = towers_.height(rng, scenes, [(5, "is"), (2, "exactly"), (0.5, "more")])
     claim = weighted(rng, towers_.SIMPLE)(rng, scenes)
     holds = size.holds & claim.holds
     number = size.text.split()[-2]
     plain = claim.text.startswith("the ")
-    if plain or claim.text.startswith("a ") and rng.random() < 0.2:
+    if plain or (claim.text.startswith("a ") and rng.random() < 0.2):
         form = pick(rng, "there is a {n} block tower and {c}", "there is a {n} block tower that {c}")
         if not plain:
             form = "there is a {n} block tower that has {c}"
@@ -273,7 +296,7 @@ def the_tower(rng: Rng, scenes: Scenes, _: bool) -> Sentence:
 
 
 def coloured_tower(rng: Rng, scenes: Scenes, _: bool) -> Sentence:
-    """ "there is a black tower", "there is a yellow tower with only 1 block"."""
+    """Like "there is a black tower", "there is a yellow tower with only 1 block"."""
     colour = int(rng.integers(3))
     whole = ((scenes.colour == colour) | ~scenes.present).all(2)
     text, fits = "", np.ones_like(whole)
@@ -281,24 +304,28 @@ def coloured_tower(rng: Rng, scenes: Scenes, _: bool) -> Sentence:
         size = towers_.height(rng, scenes, [(3, "only"), (1, "exactly"), (1, "least"), (1, "is")])
         text, fits = f" with {size.text}", size.holds
     holds = whole & fits
-    quantity, truth, _number = quantify(rng, holds.sum(1), [(6, "a"), (2, "is"), (1, "no"), (1, "least"), (1, "exactly")])
+    quantity, truth, _number = quantify(
+        rng, holds.sum(1), [(6, "a"), (2, "is"), (1, "no"), (1, "least"), (1, "exactly")]
+    )
     items = scenes.present & holds[..., None]
     return Sentence(f"there is {quantity} {COLOUR_NAMES[colour]} tower{text}", truth, items, holds, items.sum(2))
 
 
 def block_on_block(rng: Rng, scenes: Scenes, _: bool) -> Sentence:
-    """ "there is a yellow block on a yellow block"; "on" and "above" mean directly on."""
+    """Like "there is a yellow block on a yellow block"; "on" and "above" mean directly on."""
     claim = towers_.between(rng, scenes) if rng.random() < 0.12 else towers_.pair(rng, scenes)
     first, rest = claim.text.split(" ", 1)
     number = claim.count.sum(1)
     if first != "a" or " on top of each" in claim.text or "stacked" in claim.text or "attached" in claim.text:
         return Sentence(f"there is {claim.text}", claim.holds.any(1), claim.items, claim.holds, claim.count)
-    quantity, truth, _number = quantify(rng, number, [(7, "a"), (1, "exactly"), (2, "least"), (1.2, "no"), (0.6, "is"), (0.4, "only")])
+    quantity, truth, _number = quantify(
+        rng, number, [(7, "a"), (1, "exactly"), (2, "least"), (1.2, "no"), (0.6, "is"), (0.4, "only")]
+    )
     return Sentence(f"there is {quantity} {rest}", truth, claim.items, claim.holds, claim.count)
 
 
 def tower_parts(rng: Rng, scenes: Scenes, _: bool) -> Sentence:
-    """ "the top of a 4 block tower is blue", "the second block from the base of a tower is black"."""
+    """Like "the top of a 4 block tower is blue", "the second block from the base of a tower is black"."""
     colour, index = int(rng.integers(3)), int(rng.integers(4))
     name = COLOUR_NAMES[colour]
     level = (0 * scenes.height, scenes.height - 1, 0 * scenes.height + 1, 0 * scenes.height + 2)[index]
@@ -314,7 +341,12 @@ def tower_parts(rng: Rng, scenes: Scenes, _: bool) -> Sentence:
     elif rng.random() < 0.5:
         text, truth = f"the {part} of a tower is {name}", holds.any(1)
     else:
-        lead = pick(rng, f"the {part} of the 3 tower is {name}", f"the {part} of the tower is {name}", f"all the {part} of the tower is {name}")
+        lead = pick(
+            rng,
+            f"the {part} of the 3 tower is {name}",
+            f"the {part} of the tower is {name}",
+            f"all the {part} of the tower is {name}",
+        )
         text, truth = lead, holds.all(1)
     return Sentence(text, truth, items, holds, items.sum(2))
 

@@ -5,14 +5,14 @@ from collections.abc import Callable
 import numpy as np
 
 from edgevlm.data.nlvr_phrases import COLOUR_NAMES, Claim, colours, list_of, of_which, pick, quantify, weighted
-from edgevlm.data.nlvr_scenes import SLOTS, TOWER_HEIGHT, Rng, Scenes
+from edgevlm.data.nlvr_scenes import SLOTS, Rng, Scenes
 
 LEVEL = np.arange(SLOTS)
 ORDINALS = ("base", "second", "third", "fourth")
 
 
 def height(rng: Rng, scenes: Scenes, forms: list[tuple[float, str]] | None = None) -> Claim:
-    """ "exactly 3 block"."""
+    """Like "exactly 3 block"."""
     text, holds, _ = quantify(
         rng,
         scenes.height,
@@ -28,7 +28,7 @@ def _at(scenes: Scenes, level: np.ndarray) -> np.ndarray:
 
 
 def end(rng: Rng, scenes: Scenes, colour: int | None = None) -> Claim:
-    """ "a blue block at the top", "the base is black"."""
+    """Like "a blue block at the top", "the base is black"."""
     is_top = rng.random() < 0.5
     where = pick(rng, "top", "top", "very top") if is_top and rng.random() < 0.1 else ("top" if is_top else "base")
     colour = int(rng.integers(3)) if colour is None else colour
@@ -49,7 +49,7 @@ def end(rng: Rng, scenes: Scenes, colour: int | None = None) -> Claim:
 
 
 def both_ends(rng: Rng, scenes: Scenes) -> Claim:
-    """ "a blue block at the base and a black block at the top", "a blue block at the top and base"."""
+    """Like "a blue block at the base and a black block at the top", "a blue block at the top and base"."""
     a, b = int(rng.integers(3)), int(rng.integers(3))
     base, top = _at(scenes, np.zeros_like(scenes.height)), _at(scenes, scenes.height - 1)
     low, high = base & (scenes.colour == a), top & (scenes.colour == b)
@@ -70,7 +70,7 @@ def both_ends(rng: Rng, scenes: Scenes) -> Claim:
 
 
 def same_ends(rng: Rng, scenes: Scenes) -> Claim:
-    """ "the top and base is the same color", and of other pairs of levels."""
+    """Like "the top and base is the same color", and of other pairs of levels."""
     last = np.maximum(scenes.height - 1, 0)
     top = np.take_along_axis(scenes.colour, last[..., None], 2)[..., 0]
     kind = weighted(rng, [(2, "ends"), (1, "low")])
@@ -84,11 +84,13 @@ def same_ends(rng: Rng, scenes: Scenes) -> Claim:
         names = pick(rng, "the base and second block", "the base and the second block")
     if rng.random() < 0.25:
         return Claim(f"{names} is not the same in color", ~same, items, items.sum(2))
-    return Claim(f"{names} is {pick(rng, 'the same color', 'the same in color', 'of the same color')}", same, items, items.sum(2))
+    return Claim(
+        f"{names} is {pick(rng, 'the same color', 'the same in color', 'of the same color')}", same, items, items.sum(2)
+    )
 
 
 def level(rng: Rng, scenes: Scenes) -> Claim:
-    """ "the second block from the base is blue", "a blue block in the middle"."""
+    """Like "the second block from the base is blue", "a blue block in the middle"."""
     colour = int(rng.integers(3))
     name, mine = COLOUR_NAMES[colour], scenes.colour == colour
     kind = weighted(rng, [(3, "ordinal"), (3, "middle"), (0.7, "under top"), (0.7, "over base")])
@@ -98,7 +100,7 @@ def level(rng: Rng, scenes: Scenes) -> Claim:
         text = pick(rng, f"the {ORDINALS[index]} block from the base is {name}", f"the {ORDINALS[index]} block is {name}",
                     f"a {name} {ORDINALS[index]} block", f"{name} block as the {ORDINALS[index]} level")  # fmt: skip
     elif kind == "middle":
-        inner = (LEVEL > 0) & (LEVEL < scenes.height[..., None] - 1)
+        inner = (LEVEL > 0) & (scenes.height[..., None] - 1 > LEVEL)
         items = scenes.present & mine & inner
         text = pick(rng, f"a {name} block in the middle", f"a {name} block as a middle block", f"the middle block is {name}",
                     f"a {name} block in the middle of it")  # fmt: skip
@@ -112,7 +114,7 @@ def level(rng: Rng, scenes: Scenes) -> Claim:
 
 
 def pair(rng: Rng, scenes: Scenes) -> Claim:
-    """ "a black block above a yellow block", "2 blue block stacked together"."""
+    """Like "a black block above a yellow block", "2 blue block stacked together"."""
     up, down = int(rng.integers(3)), int(rng.integers(3))
     shifted = np.concatenate([scenes.colour[..., 1:], np.full((*scenes.height.shape, 1), -1, np.int8)], 2)
     if rng.random() < 0.3:
@@ -143,7 +145,7 @@ def pair(rng: Rng, scenes: Scenes) -> Claim:
 
 
 def between(rng: Rng, scenes: Scenes) -> Claim:
-    """ "a black block between 2 yellow block"."""
+    """Like "a black block between 2 yellow block"."""
     inner, outer = int(rng.integers(3)), int(rng.integers(3))
     middle = np.zeros(scenes.present.shape, bool)
     middle[..., 1:-1] = scenes.colour[..., 1:-1] == inner
@@ -156,7 +158,7 @@ def between(rng: Rng, scenes: Scenes) -> Claim:
 
 
 def number_of(rng: Rng, scenes: Scenes) -> Claim:
-    """ "at least 2 blue block", "only black block"."""
+    """Like "at least 2 blue block", "only black block"."""
     colour = int(rng.integers(3))
     items = scenes.colour == colour
     count = items.sum(2)
@@ -184,7 +186,7 @@ SIMPLE: list[tuple[float, Callable[[Rng, Scenes], Claim]]] = [
 def describe(rng: Rng, scenes: Scenes) -> Claim:
     """Anything said of one tower: a simple claim, or a height and a claim."""
     claim = weighted(rng, SIMPLE)(rng, scenes)
-    if rng.random() > 0.35 or "block" == claim.text.split()[-1] and claim.count is scenes.height:
+    if rng.random() > 0.35 or (claim.text.split()[-1] == "block" and claim.count is scenes.height):
         return claim
     size = height(rng, scenes, [(4, "is"), (4, "exactly"), (1, "least"), (1, "more"), (0.6, "less"), (0.3, "most")])
     if claim.text.startswith("the "):
@@ -193,5 +195,3 @@ def describe(rng: Rng, scenes: Scenes) -> Claim:
         link = pick(rng, "has", "has", "with", "and", "that has", "and has")
     holds = size.holds & claim.holds
     return Claim(f"{size.text} {link} {claim.text}", holds, claim.items, claim.count)
-
-

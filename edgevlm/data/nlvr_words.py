@@ -63,14 +63,13 @@ _SAME = {
 SAME = {other: word for word, others in _SAME.items() for other in others.split()}
 """Word of the data -> the word that stands for it."""
 
-WORDS = (
-    *"0 1 2 3 4 5 6 7 8 9".split(),
-    *"a above all and any as at attached base below between black block blue box circle closely color corner".split(),
-    *"different directly each edge exactly fourth from grey has height in is it item large least left less".split(),
-    *"level many medium middle more most nearly no none not number of on only other right roof same second".split(),
-    *"size small square stacked than that the there third together top touching tower triangle with very".split(),
-    *"without yellow single both".split(),
-)
+_WORDS = """
+0 1 2 3 4 5 6 7 8 9 a above all and any as at attached base below between black block blue box circle closely color
+corner different directly each edge exactly fourth from grey has height in is it item large least left less level many
+medium middle more most nearly no none not number of on only other right roof same second size small square stacked
+than that the there third together top touching tower triangle with very without yellow single both
+"""
+WORDS = tuple(_WORDS.split())
 """Words of the drawn sentences; each is one token."""
 
 VOCABULARY = tuple(dict.fromkeys((*WORDS, *_SAME, *SAME)))

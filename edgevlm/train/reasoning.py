@@ -108,8 +108,6 @@ def pretrain_reasoning(job: Job) -> Checkpoint:
     return save_answering(job, model, manifest, metrics)
 
 
-
-
 def finetune_reasoning(job: Job) -> Checkpoint:
     """Stage `teacher` after `synthetic`: real sentences about detected regions, mixed with drawn ones."""
     recipe, section, synthetic = job.recipe, job.recipe.teacher, synthetic_section(job)

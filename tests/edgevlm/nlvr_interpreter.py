@@ -77,24 +77,32 @@ def interpret(text: str, boxes: list[Box]) -> bool | None:
         return enough(match.groups()[:3], len(fits))
     if match := re.fullmatch(rf"none of the {NOUN} is {PLACE}", text):
         return not any(named(match[1], item) and at(match[2], item) for item in items)
-    if match := re.fullmatch(rf"there is {QUANTITY} (?:grey )?(?:box|square) (?:with|has|that has) {QUANTITY} item", text):
+    if match := re.fullmatch(
+        rf"there is {QUANTITY} (?:grey )?(?:box|square) (?:with|has|that has) {QUANTITY} item", text
+    ):
         return enough(match.groups()[:3], sum(enough(match.groups()[3:], len(box)) for box in boxes))
     if match := re.fullmatch(rf"there is {QUANTITY} box (?:with|has|that has) only ({COLOUR}) item", text):
         kinds = [{item["colour"] for item in box} for box in boxes]
         return enough(match.groups()[:3], sum(kind == {match[4]} for kind in kinds))
-    if match := re.fullmatch(rf"there is {QUANTITY} box (?:with|has|that has) only ({COLOUR}) and ({COLOUR}) item", text):
+    if match := re.fullmatch(
+        rf"there is {QUANTITY} box (?:with|has|that has) only ({COLOUR}) and ({COLOUR}) item", text
+    ):
         kinds = [{item["colour"] for item in box} for box in boxes]
         return enough(match.groups()[:3], sum(kind == {match[4], match[5]} for kind in kinds))
-    if match := re.fullmatch(rf"there is {QUANTITY} tower (?:with|has|that has) (?:a|1) ({COLOUR}) block at the (top|base)", text):
+    if match := re.fullmatch(
+        rf"there is {QUANTITY} tower (?:with|has|that has) (?:a|1) ({COLOUR}) block at the (top|base)", text
+    ):
         ends = [tower(box)[-1 if match[5] == "top" else 0] for box in boxes if box]
         return enough(match.groups()[:3], ends.count(match[4]))
-    if match := re.fullmatch(rf"there is {QUANTITY} ({COLOUR}) block as the (top|base) of a tower(?: with {QUANTITY} block)?", text):
+    if match := re.fullmatch(
+        rf"there is {QUANTITY} ({COLOUR}) block as the (top|base) of a tower(?: with {QUANTITY} block)?", text
+    ):
         fits = [
             box
             for box in boxes
             if box
             and tower(box)[-1 if match[5] == "top" else 0] == match[4]
-            and (match[6] is None and match[8] is None or enough(match.groups()[5:8], len(box)))
+            and ((match[6] is None and match[8] is None) or enough(match.groups()[5:8], len(box)))
         ]
         return enough(match.groups()[:3], len(fits))
     if match := re.fullmatch(rf"there is {QUANTITY} ({COLOUR}) block (?:above|on|on top of) a ({COLOUR}) block", text):

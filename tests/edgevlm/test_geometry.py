@@ -102,7 +102,13 @@ def test_onnx_answers_the_same(num_keep: int, tmp_path: object) -> None:
     inputs = (*(part[:1] for part in regions), ids[:1])
     names = ["features", "boxes", "scores", "input_ids"]
     program = torch.onnx.export(
-        module, inputs, input_names=names, output_names=["logits", "looked_at"], opset_version=18, dynamo=True, verbose=False
+        module,
+        inputs,
+        input_names=names,
+        output_names=["logits", "looked_at"],
+        opset_version=18,
+        dynamo=True,
+        verbose=False,
     )
     assert program is not None
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
