@@ -20,7 +20,7 @@ MASKED = -1e4
 
 @dataclass
 class FusionOutput:
-    """What the layers produced; T = tokens (text first, then parts of the image where the config names any, then regions)."""
+    """What the layers produced; T = tokens: words, then the parts of the image that the config names, then regions."""
 
     pooled_BD: Tensor
     regions_BND: Tensor
@@ -31,8 +31,6 @@ class FusionOutput:
     """Embedding output, then each layer's output."""
     attention_BHTT: list[Tensor] = field(default_factory=list)
     trim_scores_BN: Tensor | None = None
-    parts_BPD: Tensor | None = None
-    """Last hidden states of the part tokens."""
 
 
 class Attention(nn.Module):
@@ -193,8 +191,7 @@ class Fusion(nn.Module):
             places = (kept_index.unsqueeze(-1) == torch.arange(num_regions, device=x.device)).to(x.dtype)
             looked_at = torch.matmul(looked_at.unsqueeze(1), places).squeeze(1)
         pooled = torch.tanh(self.pooler(x[:, 0]))
-        parts = x[:, num_words:length] if num_parts else None
-        return FusionOutput(pooled, x[:, length:], looked_at, hidden, attentions, trim_scores, parts)
+        return FusionOutput(pooled, x[:, length:], looked_at, hidden, attentions, trim_scores)
 
 
 def seq2seq_mask(num_caption: int, num_tokens: int, like: Tensor) -> Tensor:
