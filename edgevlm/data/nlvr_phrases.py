@@ -281,20 +281,20 @@ def on_top(rng: Rng, scenes: Scenes) -> Claim:
     kind = weighted(rng, [(3, "top"), (3, "wall"), (1.5, "amount"), (1, "over")])
     noun = it.text if rng.random() < 0.7 else it.text.replace("item", "1")
     if kind == "top":
-        return Claim(f"a {noun} on top", upper.any(2), upper, upper.sum(2))
+        return Claim(f"a {noun} on top", np.any(upper, 2), upper, upper.sum(2))
     if kind == "amount":
         text, true, _ = quantify(rng, scenes.height, [(4, "is"), (2, "least")])
-        return Claim(f"{text} item and a {noun} on top", true & upper.any(2), upper, upper.sum(2))
+        return Claim(f"{text} item and a {noun} on top", true & np.any(upper, 2), upper, upper.sum(2))
     other = thing(rng, scenes, False, shape=0.3, size=0.05)
     if kind == "wall":
         lower = other.items & scenes.bottom
-        pairs = (scenes.on & it.items[..., :, None] & lower[..., None, :]).any((2, 3))
-        holds = pairs | (upper.any(2) & lower.any(2) & (scenes.height > 1))
+        pairs = np.any(scenes.on & it.items[..., :, None] & lower[..., None, :], (2, 3))
+        holds = pairs | (np.any(upper, 2) & np.any(lower, 2) & (scenes.height > 1))
         end = pick(rng, " on top", " on top of it", " on top of it")
         text = f"a {other.text} touching the edge and a {noun}{end}"
     else:
         lower = other.items & scenes.present
-        holds = (scenes.on & it.items[..., :, None] & lower[..., None, :]).any((2, 3))
+        holds = np.any(scenes.on & it.items[..., :, None] & lower[..., None, :], (2, 3))
         text = f"a {noun} {pick(rng, 'on top of', 'directly on top of', 'above')} {pick(rng, 'a', 'the')} {other.text}"
     items = upper | lower
     return Claim(text, holds, items, items.sum(2))
@@ -305,15 +305,15 @@ def beside(rng: Rng, scenes: Scenes) -> Claim:
     if rng.random() < 0.6:
         it = thing(rng, scenes, False, shape=0.4, size=0.05)
         pairs = scenes.touching & it.items[..., :, None] & it.items[..., None, :]
-        items = pairs.any(3)
+        items = np.any(pairs, 3)
         text = f"2 {it.text} touching each other"
     else:
         one, other = thing(rng, scenes, False, size=0.0), thing(rng, scenes, False, size=0.0)
         pairs = scenes.touching & one.items[..., :, None] & other.items[..., None, :]
-        items = pairs.any(3) | pairs.any(2)
+        items = np.any(pairs, 3) | np.any(pairs, 2)
         text = pick(rng, f"a {one.text} closely touching a {other.text}", f"a {one.text} and a {other.text} touching each other",
                     f"a {one.text} touching a {other.text}")  # fmt: skip
-    holds = pairs.any((2, 3))
+    holds = np.any(pairs, (2, 3))
     negated = rng.random() < 0.15
     return Claim(text.replace("touching", "not touching") if negated else text, holds ^ negated, items, items.sum(2))
 
@@ -324,8 +324,8 @@ def sizes(rng: Rng, scenes: Scenes) -> Claim:
     if rng.random() < 0.5:
         index = int(rng.integers(3))
         items = it.items & (scenes.size == index)
-        return Claim(f"a {it.text} of {SIZE_NAMES[index]} size", items.any(2), items, items.sum(2))
+        return Claim(f"a {it.text} of {SIZE_NAMES[index]} size", np.any(items, 2), items, items.sum(2))
     per_size = np.stack([(it.items & (scenes.size == i)).sum(2) for i in range(3)], -1)
     if rng.random() < 0.5:
-        return Claim(f"2 {it.text} of the same size", (per_size >= 2).any(2), it.items, it.items.sum(2))
+        return Claim(f"2 {it.text} of the same size", np.any(per_size >= 2, 2), it.items, it.items.sum(2))
     return Claim(f"2 {it.text} of different size", ((per_size > 0).sum(2) >= 2), it.items, it.items.sum(2))

@@ -235,7 +235,7 @@ def _free_place(
     ox, oy, opx = scenes.x[rows, box][:, None], scenes.y[rows, box][:, None], SIZES_PX[scenes.size[rows, box]][:, None]
     inside_x = (x[..., None] < ox + opx) & (ox < (x + px)[..., None])
     inside_y = (y[..., None] < oy + opx) & (oy < (y + px)[..., None])
-    clear = ~(inside_x & inside_y & others[:, None]).any(2)
+    clear = ~np.any(inside_x & inside_y & others[:, None], 2)
     best = clear.argmax(1)
     pick = np.arange(len(rows)), best
     return clear[pick], x[pick], y[pick]

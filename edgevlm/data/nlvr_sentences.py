@@ -68,7 +68,7 @@ def count_items(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
     that = pick(rng, "", "", "", "", " that is") if at else ""
     form = pick(rng, *["there is {} {}{}{}"] * 8, "{} {} is{}{}" if at and quantity != "no" else "there is {} {}{}{}")
     text = form.format(quantity, text, "" if " is{}" in form else that, at)
-    return Sentence(text, truth, items, items.any(2), items.sum(2))
+    return Sentence(text, truth, items, np.any(items, 2), items.sum(2))
 
 
 def all_items(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
@@ -81,13 +81,13 @@ def all_items(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
     kind = weighted(rng, [(2.5, "none"), (1.0, "all"), (2, "the"), (0.5, "only")])
     if kind == "none":
         fits = it.items & where
-        truth = ~fits.any((1, 2))
+        truth = ~np.any(fits, (1, 2))
         text = f"none of the {it.text} is {where_text}"
     elif kind == "all":
-        truth = (fits == it.items).all((1, 2)) & it.items.any((1, 2))
+        truth = (fits == it.items).all((1, 2)) & np.any(it.items, (1, 2))
         text = pick(rng, f"all {it.text} is {sign}{where_text}", f"all the {it.text} is {sign}{where_text}")
     elif kind == "the":
-        truth = fits.any((1, 2))
+        truth = np.any(fits, (1, 2))
         text = pick(
             rng,
             f"the {it.text} is {sign}{where_text}",
@@ -96,9 +96,9 @@ def all_items(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
         )
     else:
         fits = it.items & where
-        truth = fits.any((1, 2)) & (fits == (scenes.present & where)).all((1, 2))
+        truth = np.any(fits, (1, 2)) & (fits == (scenes.present & where)).all((1, 2))
         text = f"only {it.text} is {where_text}"
-    return Sentence(text, truth, fits, fits.any(2), fits.sum(2))
+    return Sentence(text, truth, fits, np.any(fits, 2), fits.sum(2))
 
 
 def in_boxes(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
@@ -114,7 +114,7 @@ def in_boxes(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
         truth = holds.all(1)
         text = form.format(q=quantity, t=it.text, l=lead, n=noun)
     else:
-        truth = holds.any(1)
+        truth = np.any(holds, 1)
         text = f"there is {quantity} {it.text} in {pick(rng, 'a', '1')} box"
     return Sentence(text, truth, it.items, holds, count)
 
@@ -260,7 +260,7 @@ def tower_end(rng: Rng, scenes: Scenes, _: bool) -> Sentence:
             rng, scenes, [(5, "is"), (2.5, "least"), (2.5, "exactly"), (0.7, "most"), (0.5, "more"), (0.4, "only")]
         )
         size_text, fits = f" with {size.text}", size.holds
-    holds = items.any(2) & fits
+    holds = np.any(items, 2) & fits
     items, number = items & fits[..., None], holds.sum(1)
     where = "top" if is_top else "base"
     name = COLOUR_NAMES[colour]
@@ -292,7 +292,7 @@ def the_tower(rng: Rng, scenes: Scenes, _: bool) -> Sentence:
         form = pick(rng, "the tower with {s} has {c}", "the tower with {s} has {c}", "1 of the tower with {s} has {c}",
                     "at least 1 of the tower with {s} has {c}", "there is a tower with {s} and {c}")  # fmt: skip
     text = form.format(n=number, s=size.text, c=claim.text)
-    return Sentence(text, holds.any(1), claim.items & size.holds[..., None], holds, claim.count)
+    return Sentence(text, np.any(holds, 1), claim.items & size.holds[..., None], holds, claim.count)
 
 
 def coloured_tower(rng: Rng, scenes: Scenes, _: bool) -> Sentence:
@@ -317,7 +317,7 @@ def block_on_block(rng: Rng, scenes: Scenes, _: bool) -> Sentence:
     first, rest = claim.text.split(" ", 1)
     number = claim.count.sum(1)
     if first != "a" or " on top of each" in claim.text or "stacked" in claim.text or "attached" in claim.text:
-        return Sentence(f"there is {claim.text}", claim.holds.any(1), claim.items, claim.holds, claim.count)
+        return Sentence(f"there is {claim.text}", np.any(claim.holds, 1), claim.items, claim.holds, claim.count)
     quantity, truth, _number = quantify(
         rng, number, [(7, "a"), (1, "exactly"), (2, "least"), (1.2, "no"), (0.6, "is"), (0.4, "only")]
     )
@@ -330,16 +330,16 @@ def tower_parts(rng: Rng, scenes: Scenes, _: bool) -> Sentence:
     name = COLOUR_NAMES[colour]
     level = (0 * scenes.height, scenes.height - 1, 0 * scenes.height + 1, 0 * scenes.height + 2)[index]
     items = scenes.present & (np.arange(8) == level[..., None]) & (scenes.colour == colour)
-    holds, part = items.any(2), ("base", "top", "second block from the base", "third block from the base")[index]
+    holds, part = np.any(items, 2), ("base", "top", "second block from the base", "third block from the base")[index]
     if rng.random() < 0.45:
         number = some_number(rng, scenes.height, high=4)
         fits = scenes.height == number
         holds, items = holds & fits, items & fits[..., None]
         text = pick(rng, f"the {part} of a {number} block tower is {name}", f"the {part} of the {number} block tower is {name}",
                     f"the {part} of a tower with {number} block is {name}")  # fmt: skip
-        truth = holds.any(1)
+        truth = np.any(holds, 1)
     elif rng.random() < 0.5:
-        text, truth = f"the {part} of a tower is {name}", holds.any(1)
+        text, truth = f"the {part} of a tower is {name}", np.any(holds, 1)
     else:
         lead = pick(
             rng,

@@ -45,7 +45,7 @@ def end(rng: Rng, scenes: Scenes, colour: int | None = None) -> Claim:
             (0.5, f"a {name} block on the {where}"), (0.5, f"the {where} block is {name}"), (0.4, f"the {name} block at the {where}"),
             (0.3, f"a {name} block at the very {where}"),
         ])  # fmt: skip
-    return Claim(text, items.any(2), items, items.sum(2))
+    return Claim(text, np.any(items, 2), items, items.sum(2))
 
 
 def both_ends(rng: Rng, scenes: Scenes) -> Claim:
@@ -53,12 +53,12 @@ def both_ends(rng: Rng, scenes: Scenes) -> Claim:
     a, b = int(rng.integers(3)), int(rng.integers(3))
     base, top = _at(scenes, np.zeros_like(scenes.height)), _at(scenes, scenes.height - 1)
     low, high = base & (scenes.colour == a), top & (scenes.colour == b)
-    holds = low.any(2) & high.any(2)
+    holds = np.any(low, 2) & np.any(high, 2)
     one, two = COLOUR_NAMES[a], COLOUR_NAMES[b]
     if rng.random() < 0.25:
         high = top & (scenes.colour == a)
         items = low | high
-        holds = low.any(2) & high.any(2)
+        holds = np.any(low, 2) & np.any(high, 2)
         text = pick(rng, f"a {one} block at the top and base", f"a {one} block at the top and at the base",
                     f"the top and base is {one}", f"the base and top is {one}")  # fmt: skip
         return Claim(text, holds, items, items.sum(2))
@@ -110,7 +110,7 @@ def level(rng: Rng, scenes: Scenes) -> Claim:
     else:
         items = scenes.present & mine & (LEVEL == 1)
         text = pick(rng, f"a {name} block above the base block", f"a {name} block above the base")
-    return Claim(text, items.any(2), items, items.sum(2))
+    return Claim(text, np.any(items, 2), items, items.sum(2))
 
 
 def pair(rng: Rng, scenes: Scenes) -> Claim:
@@ -127,7 +127,7 @@ def pair(rng: Rng, scenes: Scenes) -> Claim:
         items = whole.copy()
         for i in range(1, number):
             items[..., i:] |= whole[..., : SLOTS - i]
-        name, holds = COLOUR_NAMES[up], whole.any(2)
+        name, holds = COLOUR_NAMES[up], np.any(whole, 2)
         how = pick(rng, "stacked together", "stacked together", "attached with each other", "on top of each other")
         lead = pick(rng, f"{number}", f"{number}", f"at least {number}", f"exactly {number}")
         if lead.startswith("exactly"):
@@ -141,7 +141,7 @@ def pair(rng: Rng, scenes: Scenes) -> Claim:
         (1, f"a {high} block above the {low} block"), (1, f"a {low} block below a {high} block"), (0.4, f"{high} block above a {low} block"),
     ])  # fmt: skip
     items = lower | upper
-    return Claim(text, lower.any(2), items, upper.sum(2))
+    return Claim(text, np.any(lower, 2), items, upper.sum(2))
 
 
 def between(rng: Rng, scenes: Scenes) -> Claim:
@@ -154,7 +154,7 @@ def between(rng: Rng, scenes: Scenes) -> Claim:
     items[..., :-1] |= middle[..., 1:]
     items[..., 1:] |= middle[..., :-1]
     form = pick(rng, "a {} block between 2 {} block", "a {} block in between 2 {} block", "a {} block between {} block")
-    return Claim(form.format(COLOUR_NAMES[inner], COLOUR_NAMES[outer]), middle.any(2), items, middle.sum(2))
+    return Claim(form.format(COLOUR_NAMES[inner], COLOUR_NAMES[outer]), np.any(middle, 2), items, middle.sum(2))
 
 
 def number_of(rng: Rng, scenes: Scenes) -> Claim:

@@ -117,7 +117,7 @@ def test_onnx_answers_the_same() -> None:
             expected = module(*one)
         got = session.run(None, {name: value.numpy() for name, value in zip(names, one, strict=True)})
         for theirs, ours in zip(got, expected, strict=True):
-            np.testing.assert_allclose(theirs, ours.numpy(), atol=1e-4, rtol=0)
+            np.testing.assert_allclose(np.asarray(theirs), ours.numpy(), atol=1e-4, rtol=0)
 
 
 def test_tags_export() -> None:
