@@ -81,6 +81,7 @@ def make_samples(
             problems.report("duplicate id", entry.file, entry.where, f"id '{entry.id}' was used at {seen[entry.id]}")
         elif shard.takes(index) and (sample := _make_sample(entry, folder, answers, problems, clip)) is not None:
             yield sample
+    problems.sum_up()
 
 
 def _make_sample(

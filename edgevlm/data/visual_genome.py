@@ -79,7 +79,7 @@ class VisualGenome:
         files = (OBJECTS, ATTRIBUTES, CLASS_LIST, ATTRIBUTE_LIST, *((REGIONS,) if task == "pretraining" else ()))
         self.folder.require(*files, where=WHERE)
 
-    @cached_property
+    @property
     def labels(self) -> Labels:
         """The first name of each line of the lists; no answers."""
         return Labels(classes=tuple(self._lists[0][0]), attributes=tuple(self._lists[1][0]), answers=())

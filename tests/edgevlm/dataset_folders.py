@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from edgevlm.recipe import DataSection
+
 WIDTH, HEIGHT = 40, 30
 TEN = ["net"] * 6 + ["netting", "mesh", "pitcher", "orange"]
 """What ten annotators said."""
@@ -19,6 +21,11 @@ def published() -> Path:
     if "EDGEVLM_DATA" not in os.environ:
         pytest.skip("EDGEVLM_DATA is not set")
     return Path(os.environ["EDGEVLM_DATA"])
+
+
+def section(dataset: str, path: Path | str | None = None, **more: Any) -> DataSection:
+    """The recipe's section that names a dataset."""
+    return DataSection.model_validate({"dataset": dataset, "path": None if path is None else str(path)} | more)
 
 
 def picture(path: Path, colour: tuple[int, int, int] = (200, 40, 10)) -> None:

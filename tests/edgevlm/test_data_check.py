@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from edgevlm.data.problems import Problems
 from edgevlm.data.sample import Text
 from edgevlm.errors import DataError
 from edgevlm.progress import Reporter
-from edgevlm.recipe import DataSection
 from tests.edgevlm import dataset_folders as make
 from tests.edgevlm.dataset_folders import HEIGHT, WIDTH, write_json, write_lines
 
@@ -82,7 +80,7 @@ def test_bad_records_are_found_where_they_are(own: Path, changes: dict[str, Any]
 
 def test_what_training_does_about_them(own: Path, caplog: pytest.LogCaptureFixture) -> None:
     spoil(own, {"image": "images/none.png"})
-    section = DataSection(dataset="jsonl", path=str(own))
+    section = make.section("jsonl", own)
     with pytest.raises(DataError, match=r"data\.jsonl:2: the image .* is missing\. Mend it, or set data.on_bad: skip"):
         list(open_reader(section, "vqa", 0).samples("train"))
     reader = open_reader(section.model_copy(update={"on_bad": "skip"}), "vqa", 0)
@@ -90,7 +88,8 @@ def test_what_training_does_about_them(own: Path, caplog: pytest.LogCaptureFixtu
         assert [sample.id for sample in reader.samples("train")] == ["r0"]
         assert [sample.id for sample in reader.samples("train")] == ["r0"]
     assert [record.message for record in caplog.records] == [
-        f"left out: {own}/data.jsonl:2: the image {own}/images/none.png is missing"
+        f"left out: {own}/data.jsonl:2: the image {own}/images/none.png is missing",
+        "1 bad records left out so far: 1 × missing image",
     ]
 
 
@@ -149,7 +148,7 @@ def own_picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def problems_of(name: str, folder: Path, task: str, **more: Any) -> list[str]:
     """What reading all splits finds, without the folder's name."""
-    section = DataSection(dataset=name, path=str(folder), on_bad="skip", **more)
+    section = make.section(name, folder, on_bad="skip", **more)
     reader = open_reader(section, task, 0)
     problems = Problems("collect")
     reader.problems = problems  # pyright: ignore[reportAttributeAccessIssue]
@@ -325,9 +324,7 @@ def test_mistakes_of_the_caller_are_errors(own: Path) -> None:
 
 @pytest.mark.data
 def test_vqa_rad_is_whole() -> None:
-    if "EDGEVLM_DATA" not in os.environ:
-        pytest.skip("EDGEVLM_DATA is not set")
-    section = DataSection(dataset="vqa-rad", path=f"{os.environ['EDGEVLM_DATA']}/vqa_rad")
+    section = make.section("vqa-rad", make.published() / "vqa_rad")
     reader = open_reader(section, "vqa", 0)
     report = check_reader(reader, Problems("collect"), {}, ["train", "test"], Reporter())
     assert report.ok

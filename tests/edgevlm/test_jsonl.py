@@ -1,5 +1,6 @@
 """Own data in JSON lines."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -63,6 +64,13 @@ def test_splits_by_file_and_pairs(tmp_path: Path) -> None:
     assert sample.id == "2"
     assert sample.second is not None
     assert JsonLines(str(tmp_path / "dev.jsonl"), "reasoning").splits == ("dev",)
+
+
+def test_packed_files(own: Path) -> None:
+    plain = [sample.id for sample in JsonLines(str(own), "vqa").samples("train")]
+    (own / "data.jsonl.gz").write_bytes(gzip.compress((own / "data.jsonl").read_bytes()))
+    (own / "data.jsonl").unlink()
+    assert [sample.id for sample in JsonLines(str(own), "vqa").samples("train")] == plain == ["r0", "r1"]
 
 
 def test_closed_lists_can_be_given(own: Path) -> None:

@@ -23,7 +23,6 @@ from edgevlm.data.visual_genome import VisualGenome
 from edgevlm.data.vqa import VisualQuestions
 from edgevlm.data.vqa_files import VQAV2
 from edgevlm.errors import DataError, RecipeError
-from edgevlm.recipe import DataSection
 from tests.edgevlm import dataset_folders as make
 from tests.edgevlm.dataset_folders import pictures, write_lines
 
@@ -159,14 +158,14 @@ TASKS = ("vqa", "reasoning", "entailment", "captioning", "detection", "pretraini
 def offers(name: str, task: str, folder: Path) -> bool:
     """Whether a dataset takes a task; the folder is empty, so it refuses either the task or the folder."""
     with pytest.raises((RecipeError, DataError)) as problem:
-        open_reader(DataSection(dataset=name, path=str(folder)), task, 0)
+        open_reader(make.section(name, folder), task, 0)
     return isinstance(problem.value, DataError)
 
 
 def test_missing_files_are_named_with_where_to_get_them(tmp_path: Path) -> None:
     needing_a_folder = [name for name in READERS if name not in ("scenes", "coco")]
     for name in needing_a_folder:
-        section = DataSection(dataset=name, path=str(tmp_path))
+        section = make.section(name, tmp_path)
         task = next(task for task in TASKS if offers(name, task, tmp_path))
         with pytest.raises(DataError) as problem:
             open_reader(section, task, 0)
@@ -175,7 +174,7 @@ def test_missing_files_are_named_with_where_to_get_them(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="does not exist"):
             open_reader(section.model_copy(update={"path": str(tmp_path / "nowhere")}), task, 0)
         with pytest.raises(DataError, match=f"Dataset {name} needs a folder"):
-            open_reader(DataSection(dataset=name), task, 0)
+            open_reader(make.section(name), task, 0)
 
 
 def test_unknown_splits_and_tasks_are_refused(nlvr2: Path) -> None:
@@ -233,7 +232,7 @@ def test_the_same_from_a_url(nlvr2: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(str(nlvr2), "/nlvr2", recursive=True)
     try:
-        remote = open_reader(DataSection(dataset="nlvr2", path="memory://nlvr2"), "reasoning", 0)
+        remote = open_reader(make.section("nlvr2", "memory://nlvr2"), "reasoning", 0)
         local = NLVR2(str(nlvr2), "reasoning")
         for split in local.splits:
             for there, here in zip(remote.samples(split), local.samples(split), strict=True):
@@ -241,3 +240,14 @@ def test_the_same_from_a_url(nlvr2: Path) -> None:
                 assert there.image.tobytes() == here.image.tobytes()
     finally:
         memory.rm("/nlvr2", recursive=True)
+
+
+def test_urls_that_cannot_be_opened_are_explained() -> None:
+    with pytest.raises(DataError, match=r"zzz://bucket/nlvr2 cannot be opened \(Protocol not known: zzz\)"):
+        NLVR2("zzz://bucket/nlvr2", "reasoning")
+
+
+def test_folders_with_odd_names(tmp_path: Path) -> None:
+    folder = tmp_path / "my [old] photos*"
+    conceptual_as_archives(folder)
+    assert len(list(ConceptualCaptions(str(folder), "captioning").samples("train"))) == 6

@@ -14,7 +14,6 @@ from edgevlm.data.sample import Sample
 from edgevlm.data.vqa import VisualQuestions
 from edgevlm.data.vqa_files import GENOME_QA, GQA, VQA_RAD, VQAV2
 from edgevlm.data.vsr import VSR
-from edgevlm.recipe import DataSection
 from tests.edgevlm import dataset_folders as make
 from tests.edgevlm.dataset_folders import picture, pictures, write_json, write_lines
 
@@ -59,7 +58,7 @@ def test_questions_without_a_known_answer_stay(vqav2: Path) -> None:
 
 def test_a_given_list_decides_which_answer_is_meant(vqav2: Path, tmp_path: Path) -> None:
     write_json(tmp_path / "list.json", ["pitcher", "mesh"])
-    section = DataSection(dataset="vqav2", path=str(vqav2), answers=str(tmp_path / "list.json"))
+    section = make.section("vqav2", vqav2, answers=str(tmp_path / "list.json"))
     reader = open_reader(section, "vqa", 0)
     assert reader.labels.answers == ("pitcher", "mesh")
     assert next(reader.samples("test")).texts[0].answer == "mesh", "the first of the list's answers to be said"
