@@ -19,6 +19,14 @@ def _scenes(section: DataSection, task: str, seed: int) -> Reader:
     return Scenes(task, seed, section.texts_per_image)
 
 
+def _coco(section: DataSection, task: str, seed: int) -> Reader:
+    from edgevlm.data.coco import Coco
+
+    if section.path is None:
+        raise DataError("Dataset coco needs a folder", "Pass --data, or set data.path (docs/data.md describes it)")
+    return Coco(Path(section.path), task, section.annotations, section.images, section.on_bad)
+
+
 def _nlvr(section: DataSection, task: str, seed: int) -> Reader:
     from edgevlm.data.nlvr import NLVR
 
@@ -29,7 +37,7 @@ def _nlvr(section: DataSection, task: str, seed: int) -> Reader:
     return NLVR(Path(section.path), task, seed)
 
 
-READERS: dict[str, Callable[[DataSection, str, int], Reader]] = {"scenes": _scenes, "nlvr": _nlvr}
+READERS: dict[str, Callable[[DataSection, str, int], Reader]] = {"scenes": _scenes, "nlvr": _nlvr, "coco": _coco}
 """Dataset name of the recipe -> function that opens it for a task and a seed."""
 
 

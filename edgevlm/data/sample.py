@@ -42,6 +42,10 @@ class Sample:
     captions: tuple[str, ...] = ()
     second: Image.Image | None = None
     """The right-hand image, where the texts are about a pair (NLVR2)."""
+    crowd: np.ndarray | None = None
+    """(n,) bool: the box holds a group that was not annotated one by one; never trained on, forgiven in evaluation."""
+    areas: np.ndarray | None = None
+    """(n,) float32: pixels of the object itself, where the data say so (COCO); None = those of its box."""
 
 
 class Reader(Protocol):
