@@ -34,6 +34,10 @@ class DataSection(Section):
     """Questions or sentences per image, where the dataset can draw any number."""
     answers: str | None = None
     """File with the closed list of answers (JSON list, or one per line); None = the frequent training answers."""
+    annotations: dict[str, str] = {}
+    """Split -> annotation file inside the folder (datasets of one format, like coco); else the usual names are tried."""
+    images: dict[str, str] = {}
+    """Split -> image folder inside the folder."""
     on_bad: Literal["stop", "skip"] = "stop"
     """A malformed record stops the run, or is left out and counted."""
 
@@ -67,8 +71,30 @@ class TrainSection(Section):
     """Steps between resumable snapshots."""
 
 
+class AugmentSection(Section):
+    """Random changes of a training image, before it is resized as ever; boxes go with it."""
+
+    flip: float = Field(0.5, ge=0, le=1)
+    """Probability of a mirror image (left and right)."""
+    min_cut: float = Field(1.0, gt=0, le=1)
+    """Each side of a random cut is at least this share of the image's; 1 = never cut. Scales and shifts objects."""
+    cut_probability: float = Field(0.8, ge=0, le=1)
+    min_kept: float = Field(0.4, gt=0, le=1)
+    """A box stays if at least this share of its area is inside the cut."""
+    colour: float = Field(0.0, ge=0, lt=1)
+    """Brightness, contrast and saturation each change by up to this share."""
+
+
 class DetectorSection(TrainSection):
-    pass
+    trunk_weights: str | None = None
+    """Where the trunk starts from: `hub` (timm's pre-trained weights), a .safetensors or .pth file, or None: scratch."""
+    short_sides_px: tuple[int, ...] = ()
+    """Multi-scale training: short sides of the input, one drawn per step; empty = the size of `preprocess` only."""
+    augment: AugmentSection | None = None
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` has Nesterov-free momentum 0.9; MiniVLM's: base rate 0.075 at batch 16, weight decay 1e-5."""
+    sync_batchnorm: bool = False
+    """Share the batch norms' statistics among the processes."""
 
 
 class TeacherSection(TrainSection):
@@ -152,7 +178,7 @@ class GateSection(Section):
 
 class Recipe(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    task: Literal["vqa", "reasoning"]
+    task: Literal["vqa", "reasoning", "detection"]
     seed: int = 0
     data: DataSection
     preprocess: PreprocessSpec

@@ -206,6 +206,11 @@ STAGES: tuple[Stage, ...] = (
 """The flow: each stage reads only artifacts of stages above it."""
 
 
+def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages a recipe goes through: detection ends with the detector, for there is nothing to answer."""
+    return STAGES[: 1 + [stage.name for stage in STAGES].index("detector")] if recipe.task == "detection" else STAGES
+
+
 def show_scorecard(folder: Path, bundle: Path, console: Console) -> None:
     """Print the scorecard and what to type next.
 

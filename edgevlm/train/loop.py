@@ -74,6 +74,7 @@ def fit(
     groups: list[dict[str, Any]] | None = None,
     before_step: Callable[[int], None] | None = None,
     after_step: Callable[[int], None] | None = None,
+    make_optimiser: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
 ) -> dict[str, float]:
     """Minimise `objective` for `section.steps` steps; resumes from a snapshot of the same `key` in `work_dir`.
 
@@ -81,6 +82,7 @@ def fit(
         make_batch: row indices -> keyword arguments of the objective.
         groups: optimiser parameter groups; default: all trainable parameters of the objective.
         before_step, after_step: called with the step index (for ramps and clamps).
+        make_optimiser: parameter groups -> optimiser; default: AdamW.
 
     Returns:
         Means of the logs over the last tenth of the steps.
@@ -97,7 +99,7 @@ def fit(
     torch.manual_seed(seed)
     groups = groups or parameter_groups(objective, section.lr, section.weight_decay)
     base_lrs = [group["lr"] for group in groups]
-    optimiser = torch.optim.AdamW(groups, eps=1e-8)
+    optimiser = make_optimiser(groups) if make_optimiser else torch.optim.AdamW(groups, eps=1e-8)
     wrapped, optimiser_ = accelerator.prepare(objective, optimiser)
     snapshot = work_dir / SNAPSHOTS.replace("*", f"{what}.safetensors")
     start = load_snapshot(snapshot, objective, optimiser, key)
