@@ -15,8 +15,9 @@ from PIL import Image
 from edgevlm.data import READERS, open_reader
 from edgevlm.data.conceptual import ConceptualCaptions
 from edgevlm.data.flickr30k import Flickr30k
+from edgevlm.data.frames import RandomAccess
 from edgevlm.data.nlvr2 import NLVR2
-from edgevlm.data.problems import Problems
+from edgevlm.data.problems import Problems, Reporting
 from edgevlm.data.sample import Sample
 from edgevlm.data.shards import Shard, shard
 from edgevlm.data.visual_genome import VisualGenome
@@ -251,3 +252,64 @@ def test_folders_with_odd_names(tmp_path: Path) -> None:
     folder = tmp_path / "my [old] photos*"
     conceptual_as_archives(folder)
     assert len(list(ConceptualCaptions(str(folder), "captioning").samples("train"))) == 6
+
+
+def test_single_samples_of_visual_genome(tmp_path: Path) -> None:
+    make.genome(tmp_path)
+    reader = VisualGenome(str(tmp_path), "detection")
+    assert isinstance(reader, RandomAccess)
+    listed = list(reader.samples("train"))
+    assert reader.num_samples("train", None) == len(listed) == 36
+    assert reader.num_samples("train", 7) == 7
+    for index in (35, 0, 17):
+        alone = reader.sample("train", index)
+        assert (alone.id, alone.boxes.tolist()) == (listed[index].id, listed[index].boxes.tolist())
+
+
+def test_the_next_sample_stands_in_for_a_bad_one(tmp_path: Path) -> None:
+    make.genome(tmp_path)
+    reader = VisualGenome(str(tmp_path), "detection", Problems("skip"))
+    names = ids(reader.samples("val"))
+    assert len(names) == 2
+    for folder in ("VG_100K", "VG_100K_2"):
+        (tmp_path / folder / f"{names[1]}.jpg").unlink(missing_ok=True)
+    assert [reader.sample("val", index).id for index in (0, 1)] == [names[0], names[0]]
+    with pytest.raises(DataError, match=rf"objects\.json:\[\d+\]: the image .*{names[1]}\.jpg .* is missing"):
+        VisualGenome(str(tmp_path), "detection").sample("val", 1)
+
+
+def coco_folder(folder: Path) -> None:
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": make.WIDTH, "height": make.HEIGHT} for i in range(3)]
+    good = {"image_id": 0, "category_id": 1, "bbox": [1, 2, 10, 10], "iscrowd": 0, "area": 100}
+    for name in ("train", "val"):
+        rows = [good | {"id": 1}, good | {"id": 2, "image_id": 1}]
+        if name == "val":
+            rows += [good | {"id": 3, "bbox": [1, 2, 100, 10]}, good | {"id": 4, "category_id": 9}, good | {"id": 4}]
+        value = {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "fish"}]}
+        make.write_json(folder / f"{name}.json", value)
+        pictures(folder / name, [f"{i}.jpg" for i in range(3)])
+    (folder / "val/2.jpg").write_bytes(b"no picture")
+
+
+def test_coco_reports_to_the_same_collector(tmp_path: Path) -> None:
+    coco_folder(tmp_path)
+    reader = open_reader(make.section("coco", tmp_path), "detection", 0)
+    assert isinstance(reader, Reporting)
+    reader.problems = problems = Problems("collect")
+    assert ids(reader.samples("train")) == ["0", "1", "2"]
+    assert ids(reader.samples("val")) == ["0", "1"]
+    found = [str(problem).removeprefix(f"{tmp_path}/") for problem in problems.found]
+    assert [text.partition(": ")[0] for text in found] == [
+        "val.json:annotation 3 (image 0)",
+        "val.json:annotation 4 (image 0)",
+        "val.json:annotation 4 (image 0)",
+        "val.json:image 2",
+    ]
+    assert [problem.kind for problem in problems.found] == [
+        "bad box",
+        "outside the list",
+        "duplicate id",
+        "unreadable image",
+    ]
+    with pytest.raises(DataError, match=r"val\.json:annotation 3 \(image 0\): bbox .* leaves the image"):
+        list(open_reader(make.section("coco", tmp_path), "detection", 0).samples("val"))
