@@ -191,12 +191,12 @@ def check(recipe: Recipe, data_path: str | None) -> None:
 _MODEL = ("prepare", "regions")
 STAGES: tuple[Stage, ...] = (
     Stage("prepare", prepare, (), ("data", "task", "preprocess", "text")),
-    Stage("detector", train_detector, ("prepare",), ("data", "task", "preprocess", "tee", "detector")),
-    Stage("regions", cache_regions, ("detector",), ("data", "task", "preprocess")),
-    Stage("teacher", train_teacher, ("detector", *_MODEL), ("task", "teacher", "referred_weight")),
-    Stage("distil", distil, ("detector", "teacher", *_MODEL), ("task", "distil", "referred_weight")),
-    Stage("prune", prune, ("teacher", "distil", *_MODEL), ("prune", "referred_weight")),
-    Stage("trim", trim, ("prune", *_MODEL), ("trim", "referred_weight")),
+    Stage("detector", train_detector, ("prepare",), ("data", "task", "preprocess", "tee", "detector"), everywhere=True),
+    Stage("regions", cache_regions, ("detector",), ("data", "task", "preprocess", "regions"), everywhere=True),
+    Stage("teacher", train_teacher, ("detector", *_MODEL), ("task", "teacher", "referred_weight"), everywhere=True),
+    Stage("distil", distil, ("detector", "teacher", *_MODEL), ("task", "distil", "referred_weight"), everywhere=True),
+    Stage("prune", prune, ("teacher", "distil", *_MODEL), ("prune", "referred_weight"), everywhere=True),
+    Stage("trim", trim, ("prune", *_MODEL), ("trim", "referred_weight"), everywhere=True),
     Stage("calibrate", calibrate, ("trim",), ("data", "calibration")),
     Stage("export", export, ("trim", "calibrate"), ("name", "export")),
     Stage("verify", verify, ("trim", "export"), ("data", "verify")),
