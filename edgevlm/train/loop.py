@@ -171,7 +171,8 @@ def fit(
         reporter.say(
             f"  {what}: {speed['samples_per_s']:.0f} samples/s, {speed['stall_share']:.1%} of the time waiting for data"
         )
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # `end_training` would part the processes as well
+        tracker.finish()
     leave(objective, average)
     return {name: sum(values) / len(values) for name, values in totals.items()} | speed
 
