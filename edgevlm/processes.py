@@ -38,8 +38,22 @@ def join() -> None:
     from accelerate import PartialState
 
     asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    cpu = asked or not torch.accelerator.is_available()
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt != "0" and not torch.distributed.is_initialized():
+        # The launcher's store still holds the addresses of the processes that died: a restart needs names of its own.
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(*address, is_master=False, timeout=timedelta(minutes=10))
+        device = "cpu" if cpu else torch.accelerator.current_accelerator().type  # pyright: ignore[reportOptionalMemberAccess]
+        torch.distributed.init_process_group(
+            torch.distributed.get_default_backend_for_device(device),
+            store=torch.distributed.PrefixStore(f"attempt-{attempt}", store),
+            rank=rank(),
+            world_size=world_size(),
+            timeout=TIMEOUT,
+        )
     # Without cpu=True accelerate takes a launch on a machine without accelerators for single processes.
-    PartialState(cpu=asked or not torch.accelerator.is_available(), timeout=TIMEOUT)
+    PartialState(cpu=cpu, timeout=TIMEOUT)
 
 
 def barrier() -> None:
