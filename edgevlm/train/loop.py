@@ -22,6 +22,7 @@ from edgevlm import processes
 from edgevlm.errors import TrainingError
 from edgevlm.progress import Reporter
 from edgevlm.recipe import TrainSection
+from edgevlm.train import fully_sharded
 from edgevlm.train.batches import Batch, Batches, Loader, generator_of, prefetch, wait_for
 from edgevlm.train.optimiser import MovingAverage, make_optimiser, parameter_groups, schedule
 from edgevlm.train.snapshot import load_snapshot, save_snapshot
@@ -96,8 +97,15 @@ def fit(
     torch.manual_seed(seed + RANK_SEED * accelerator.process_index)
     groups = groups or parameter_groups(objective, section.lr, section.weight_decay)
     base_lrs = [group["lr"] for group in groups]
-    optimiser = make_optimiser(section, groups, accelerator.device)
-    wrapped, optimiser_ = accelerator.prepare(objective, optimiser)
+    unshard = None
+    if fully_sharded.is_wanted():
+        objective.to(accelerator.device)
+        unshard = fully_sharded.shard(objective, groups, wants_bf16(section))
+        wrapped = objective
+        optimiser = optimiser_ = make_optimiser(section, groups, accelerator.device)
+    else:
+        optimiser = make_optimiser(section, groups, accelerator.device)
+        wrapped, optimiser_ = accelerator.prepare(objective, optimiser)
     average = MovingAverage(objective, section.ema) if section.ema is not None else None
     snapshot = work_dir / SNAPSHOTS.replace("*", f"{what}.safetensors")
     start = load_snapshot(snapshot, objective, optimiser, key, average)
@@ -173,7 +181,7 @@ def fit(
         )
     for tracker in accelerator.trackers:  # `end_training` would part the processes as well
         tracker.finish()
-    leave(objective, average)
+    leave(objective, average, unshard)
     return {name: sum(values) / len(values) for name, values in totals.items()} | speed
 
 
@@ -181,14 +189,18 @@ def start_accelerator(section: TrainSection, log_dir: Path) -> Accelerator:
     """An Accelerator with the section's precision, whatever an earlier stage of this process used."""
     processes.join()
     AcceleratorState._reset_state(False)
-    bf16 = section.precision == "bf16" or (section.precision == "auto" and torch.cuda.is_available())
     return Accelerator(
-        mixed_precision="bf16" if bf16 else "no",
+        mixed_precision="bf16" if wants_bf16(section) else "no",
         log_with="tensorboard",
         project_dir=log_dir,
         # Heads that a task leaves alone have no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+
+
+def wants_bf16(section: TrainSection) -> bool:
+    """Whether matrix products are to be taken in bfloat16 here."""
+    return section.precision == "bf16" or (section.precision == "auto" and torch.cuda.is_available())
 
 
 def check_pieces(batch_size: int, world: int, accumulate: int, what: str) -> None:
@@ -200,10 +212,12 @@ def check_pieces(batch_size: int, world: int, accumulate: int, what: str) -> Non
         )
 
 
-def leave(objective: nn.Module, average: MovingAverage | None) -> None:
-    """The objective as the stage goes on with it: averaged weights, not compiled, the same in every process."""
+def leave(objective: nn.Module, average: MovingAverage | None, unshard: Callable[[], None] | None) -> None:
+    """The objective as the stage goes on with it: averaged weights, whole, not compiled, the same in every process."""
     if average is not None:
         average.put_in_place()
+    if unshard is not None:
+        unshard()
     objective._compiled_call_impl = None
     objective.eval()
     if processes.world_size() > 1:

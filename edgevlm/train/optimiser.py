@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm.recipe import TrainSection
+from edgevlm.train.fully_sharded import cut_like
 
 
 def schedule(step: int, steps: int, warmup: float, shape: Literal["linear", "cosine"] = "linear") -> float:
@@ -72,4 +73,4 @@ class MovingAverage:
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over averages by name."""
         for name, average in zip(self.names, self._average, strict=True):
-            average.copy_(state[name])
+            average.copy_(cut_like(state[name], average))

@@ -113,6 +113,8 @@ class RegionSplit:
                 table[name] = column + first if name in _names("index") else column  # pyright: ignore
             tables.append(table)
             first += image_file.num_rows
+        if len({frozenset(table) for table in tables}) > 1:
+            raise CheckpointError(f"The shards in {folder / split} have different columns", "Cache the regions again")
         columns: dict[str, Any] = {name: _joined(name, [table[name] for table in tables]) for name in tables[0]}
         columns["features"] = MappedColumn(images, "features") if mapped else columns["features"].float()
         return cls(**columns)

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgevlm import processes
+from edgevlm.train.fully_sharded import cut_like, whole
 from edgevlm.train.optimiser import MovingAverage
 
 
@@ -27,9 +28,6 @@ def save_snapshot(
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
-    states = processes.gathered(random)
-    if not processes.is_main():
-        return
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, values in optimiser.state_dict()["state"].items():
         for name, value in values.items():
@@ -37,11 +35,14 @@ def save_snapshot(
                 tensors[f"optimiser.{index}.{name}"] = torch.as_tensor(value)
     if average is not None:
         tensors |= {f"average.{name}": value for name, value in average.state().items()}
-    for rank, state in enumerate(states):
+    tensors = {name: whole(value.detach()) for name, value in tensors.items()}
+    for rank, state in enumerate(processes.gathered(random)):
         tensors |= {f"random.{name}.{rank}": value for name, value in state.items()}
+    if not processes.is_main():
+        return
     temporary = path.with_suffix(".writing")
     save_file(
-        {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
+        {name: value.cpu().contiguous().clone() for name, value in tensors.items()},
         temporary,
         {"step": str(step), "key": json.dumps(key)},
     )
@@ -68,11 +69,13 @@ def load_snapshot(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     except (FileNotFoundError, SafetensorError, OSError):
         return 0
-    model.load_state_dict(_part(tensors, "model."))
+    live = model.state_dict()
+    model.load_state_dict({name: cut_like(value, live[name]) for name, value in _part(tensors, "model.").items()})
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in _part(tensors, "optimiser.").items():
         index, field = name.split(".")
-        state.setdefault(int(index), {})[field] = value
+        state.setdefault(int(index), {})[field] = cut_like(value, parameters[int(index)])
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
     if average is not None:
         average.load(_part(tensors, "average."))

@@ -21,8 +21,8 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", **more}
 
 
-def start(number: int, module: str, *arguments: str | Path) -> list[subprocess.Popen[str]]:
-    """`number` processes of `python -m module` that can join each other by gloo."""
+def start(number: int, module: str, *arguments: str | Path, **more: str) -> list[subprocess.Popen[str]]:
+    """`number` processes of `python -m module` that can join each other by gloo; `more` joins their environment."""
     port = str(free_port())
     started = []
     for rank in range(number):
@@ -31,7 +31,7 @@ def start(number: int, module: str, *arguments: str | Path) -> list[subprocess.P
         started.append(
             subprocess.Popen(
                 [sys.executable, "-m", module, *map(str, arguments)],
-                env=environment(**numbers, **address),
+                env=environment(**numbers, **address, **more),
                 cwd=ROOT,
                 text=True,
                 stdout=subprocess.PIPE,

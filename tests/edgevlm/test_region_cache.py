@@ -158,6 +158,16 @@ def test_damaged_foreign_and_missing_shards_are_noticed(tmp_path: Path) -> None:
         RegionSplit.load(tmp_path, "val")
 
 
+def test_shards_with_different_columns_are_noticed(tmp_path: Path) -> None:
+    a_split(4).save(tmp_path, "train", shard=0)
+    split = a_split(4)
+    columns = {"boxes": split.boxes, "scores": split.scores, "features": split.features, "extra": split.scores}
+    write_table(shard_path(tmp_path, "train", "images", 1), columns, "")  # pyright: ignore
+    write_table(shard_path(tmp_path, "train", "questions", 1), {"image_index": split.image_index}, "")
+    with pytest.raises(CheckpointError, match="different columns"):
+        RegionSplit.load(tmp_path, "train")
+
+
 def test_a_crash_while_writing_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def torn(table, path, **options):
         Path(path).write_bytes(b"PAR1 half")

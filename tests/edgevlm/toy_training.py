@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgevlm import processes
+from edgevlm.artifacts import FusionConfig
+from edgevlm.models.fusion import Layer
 from edgevlm.progress import Reporter
 from edgevlm.recipe import TrainSection
 from edgevlm.train import loop
@@ -25,18 +27,20 @@ SECTION = {"steps": 24, "batch_size": 16, "lr": 3e-3, "save_every": 5, "warmup":
 
 
 class Toy(nn.Module):
-    """One attention layer between two linear ones, with dropout where asked."""
+    """One layer of the fusion between two linear ones, with dropout where asked."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
         torch.manual_seed(3)
         self.embed = nn.Linear(6, 32)
-        self.layer = nn.TransformerEncoderLayer(32, 4, 64, dropout, batch_first=True)
+        config = FusionConfig.uniform(hidden=32, layers=1, heads=4, ffn=64, dropout=dropout)
+        self.layer = Layer(config, 0)
         self.head = nn.Linear(32, 3)
         self.unused = nn.Linear(4, 4)  # a head that the task leaves alone
 
     def forward(self, x_BTF: Tensor, y_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = self.head(self.layer(self.embed(x_BTF)).mean(1))
+        mixed, _ = self.layer(self.embed(x_BTF), x_BTF.new_zeros(1))
+        logits = self.head(mixed.mean(1))
         loss = nn.functional.cross_entropy(logits, y_B)
         return loss, {"accuracy": (logits.argmax(1) == y_B).float().mean()}
 
