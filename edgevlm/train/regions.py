@@ -5,7 +5,6 @@ question and epoch. A split is cut into shards of some images each, which the pr
 `<split>/images-00000.parquet` and `<split>/questions-00000.parquet` (`edgevlm/train/shards.py`).
 """
 
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgevlm.data.frames import materialise, materialise_shards
 from edgevlm.data.scenes import Scenes
 from edgevlm.errors import CheckpointError, DataError
-from edgevlm.data.frames import materialise, materialise_shards
 from edgevlm.train.regions import RegionSplit, cached_splits, open_shards, shard_is_done, shard_path
 from edgevlm.train.shards import MappedColumn, TableFile, write_table
 from tests.edgevlm.tiny import SPEC, tiny_ids, tiny_regions
