@@ -225,6 +225,11 @@ LAST_TRAINING = "teacher"
 """Where `edgevlm train` ends: behind it models are compressed and exported."""
 
 
+def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages a recipe goes through: detection ends with the detector, for there is nothing to answer."""
+    return STAGES[: 1 + [stage.name for stage in STAGES].index("detector")] if recipe.task == "detection" else STAGES
+
+
 def show_scorecard(folder: Path, bundle: Path, console: Console) -> None:
     """Print the scorecard and what to type next.
 

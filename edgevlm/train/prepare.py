@@ -20,6 +20,8 @@ def prepare(job: Job) -> Vocabulary:
         for done, sample in enumerate(reader.samples("train", limit), 1):
             texts += [text.text for text in sample.texts] + list(sample.captions)
             bar.update(done)
+    if not texts:  # a dataset of boxes: its words are the names of what can be found
+        texts = [*reader.labels.classes, *reader.labels.attributes]
     path = job.out_dir / VOCABULARY
     write_vocabulary(path, train_vocabulary(texts, recipe.text.vocab_size))
     manifest = Vocabulary(
