@@ -4,6 +4,7 @@ Each function fits one step of the packages below to `stage(job) -> artifact`; w
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -44,6 +45,7 @@ from edgevlm.report.terminal import print_scorecard
 from edgevlm.train.answering import train_teacher
 from edgevlm.train.detector import load_frames, train_detector
 from edgevlm.train.prepare import prepare
+from edgevlm.train.pretraining import check_pretraining, pretrain
 from edgevlm.train.regions import cache_regions
 from targets.base import check_target, load_exporter
 
@@ -180,6 +182,11 @@ def check(recipe: Recipe, data_path: str | None) -> None:
     tee = resolve_tee(recipe.tee)
     create_trunk(tee.trunk, tee.first_level, tee.num_levels)
     resolve_fusion(recipe.teacher.fusion)
+    if recipe.pretrain is not None:
+        resolve_fusion(recipe.pretrain.fusion)
+        check_pretraining(recipe.pretrain, recipe.text.max_tokens)
+        if recipe.pretrain.tagger is not None:
+            read_manifest(Path(recipe.pretrain.tagger), Checkpoint, check_files=False)
     check_rungs(recipe.trim, len(resolve_fusion(recipe.distil.fusion).layer_heads), tee.num_regions)
     for target in recipe.export.targets:
         load_exporter(target)
@@ -204,6 +211,18 @@ STAGES: tuple[Stage, ...] = (
     Stage("scorecard", score, ("detector", *TRAINED, "export", "verify", "bench"), ("gates",)),
 )
 """The flow: each stage reads only artifacts of stages above it."""
+
+PRETRAIN = Stage("pretrain", pretrain, ("detector", "regions"), ("data", "task", "pretrain"))
+"""Before the teacher, in recipes that have this section."""
+
+
+def flow(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages of a recipe, in order."""
+    if recipe.pretrain is None:
+        return STAGES
+    at = next(i for i, stage in enumerate(STAGES) if stage.name == "teacher")
+    teacher = replace(STAGES[at], inputs=(*STAGES[at].inputs, PRETRAIN.name))
+    return (*STAGES[:at], PRETRAIN, teacher, *STAGES[at + 1 :])
 
 
 def show_scorecard(folder: Path, bundle: Path, console: Console) -> None:

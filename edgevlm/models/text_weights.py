@@ -137,7 +137,7 @@ def load_text_weights(
         if kept_ids is not None and "cls.predictions.bias" in head:
             head["cls.predictions.bias"] = head["cls.predictions.bias"][list(kept_ids)]
         untouched += [
-            f"word head {name}" for name in _copy(word_head, {WORD_HEAD[k]: v for k, v in head.items()}, folder)
+            f"word_head.{name}" for name in _copy(word_head, {WORD_HEAD[k]: v for k, v in head.items()}, folder)
         ]
     return untouched
 

@@ -23,6 +23,7 @@ from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
 from edgevlm.models.regions import box_iou
 from edgevlm.models.tee import TEE, Regions
+from edgevlm.train.captions import save_captions
 from edgevlm.train.checkpoints import finish
 from edgevlm.train.detector import load_frames
 
@@ -150,6 +151,7 @@ def cache_regions(job: Job) -> RegionCache:
         limit = {"train": recipe.data.num_train, "val": recipe.data.num_val}.get(split, recipe.data.num_test)
         frames = load_frames(job, split, limit)
         extract(tee, frames, tokenizer, manifest.labels).save(job.out_dir, split)
+        save_captions(job.out_dir, split, frames.captions, tokenizer)
         counts[split] = len(frames.ids)
     detector = read_manifest(source, Checkpoint, check_files=False)
     cache = RegionCache(

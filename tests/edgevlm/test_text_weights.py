@@ -167,7 +167,7 @@ def test_masked_word_head(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     fusion, head, states = tiny_fusion(), WordHead(32, 60), torch.randn(7, 32)
     untouched = load_text_weights(fusion, tmp_path, word_head=head)
-    assert not [name for name in untouched if name.startswith("word head")]
+    assert not [name for name in untouched if name.startswith("word_head")]
     with torch.no_grad():
         torch.testing.assert_close(
             head(states, fusion.words.weight), model.cls.predictions(states), atol=TOLERANCE, rtol=0
