@@ -74,6 +74,8 @@ class TokenizerSpec(Frozen):
     cls_id: int = 2
     sep_id: int = 3
     mask_id: int = 4
+    kept_ids: tuple[int, ...] | None = None
+    """After a vocabulary trim: each token's id in the vocabulary that was trimmed; None = not trimmed."""
 
 
 class Labels(Frozen):

@@ -6,7 +6,7 @@ start from another one with `base: <name or path>` and then states only what dif
 
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -46,6 +46,17 @@ class TextSection(Section):
     vocab_size: int = Field(512, ge=32)
     """Upper limit of the WordPiece vocabulary that `prepare` trains."""
     max_tokens: int = Field(24, ge=4)
+    vocab: str | None = None
+    """A BERT vocabulary instead of a trained one: a `vocab.txt`, a folder that holds one, or a model on the Hugging Face
+    hub. A fusion that starts from a text model needs that model's."""
+    trim: bool = False
+    """Keep of `vocab` only the pieces that the training texts use, and every single character."""
+
+    @model_validator(mode="after")
+    def _something_to_trim(self) -> "TextSection":
+        if self.trim and self.vocab is None:
+            raise ValueError("trim needs vocab: a trained vocabulary holds nothing that the texts do not use")
+        return self
 
 
 class Choice(Section):
@@ -117,8 +128,49 @@ class RegionsSection(Section):
     """Images per file; what a killed run loses at most, and the unit that processes share."""
 
 
+class PretrainSection(TrainSection):
+    """Masked words and matching on captions and tags; defaults are MiniVLM's (its 7M set: 100 epochs)."""
+
+    fusion: Choice
+    start: str | None = None
+    """As in `teacher.start`."""
+    steps: int = Field(339_800, gt=0)
+    batch_size: int = Field(2048, gt=0)
+    lr: float = Field(4e-4, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    caption_tokens: int = Field(20, ge=3)
+    """Places of a caption with [CLS] and [SEP]; longer ones are cut."""
+    tag_tokens: int = Field(15, ge=1)
+    """Places of the tags with [SEP]."""
+    num_regions: int = Field(50, gt=0)
+    """Regions at most, best first."""
+    mask_share: float = Field(0.15, gt=0, lt=1)
+    """Of the caption's and tags' words."""
+    max_masked: int = Field(5, gt=0)
+    """Per text."""
+    seq2seq: bool = True
+    """Masked words see the words before them only, as in generation; matching always sees all."""
+    replaced_tags: float = Field(0.5, ge=0, le=1)
+    """Share of the texts that carry another image's tags in matching."""
+    replaced_captions: float = Field(0.0, ge=0, le=1)
+    """Share that carry another image's caption (image-text matching; MiniVLM's 0: its captions are never replaced)."""
+    tag_confidence: float = Field(0.8, ge=0, le=1)
+    """Regions scoring below give no tag."""
+    tagger: str | None = None
+    """Checkpoint folder of a stronger detector that makes the tags, used in this stage only; None = the model's own."""
+
+    @model_validator(mode="after")
+    def _at_most_all(self) -> "PretrainSection":
+        if self.replaced_tags + self.replaced_captions > 1:
+            raise ValueError("replaced_tags and replaced_captions are shares of the same texts: at most 1 together")
+        return self
+
+
 class TeacherSection(TrainSection):
     fusion: Choice
+    start: str | None = None
+    """Where the fusion starts: a checkpoint folder, a Hugging Face text model's folder, or its name on the hub. None =
+    from the stage `pretrain` where the recipe has one (the teacher), else untrained."""
 
 
 class DistilSection(TeacherSection):
@@ -208,6 +260,8 @@ class Recipe(Section):
     tee: Choice
     detector: DetectorSection
     regions: RegionsSection = RegionsSection()  # pyright: ignore[reportCallIssue]
+    pretrain: PretrainSection | None = None
+    """Learn from captions and tags before any task; None = no such stage."""
     teacher: TeacherSection
     distil: DistilSection
     prune: PruneSection
@@ -217,6 +271,12 @@ class Recipe(Section):
     verify: VerifySection = VerifySection()  # pyright: ignore[reportCallIssue]
     bench: BenchSection = BenchSection()  # pyright: ignore[reportCallIssue]
     gates: GateSection = GateSection()
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "Recipe":
+        if self.pretrain is not None and self.teacher.start is not None:
+            raise ValueError("teacher.start and pretrain exclude each other: the teacher starts from one of them")
+        return self
 
 
 def shipped_recipes() -> list[str]:
@@ -293,13 +353,18 @@ def _apply(values: dict[str, Any], override: str) -> None:
     values[last] = yaml.safe_load(text)
 
 
+def _section_in(annotation: Any) -> Any:
+    """The section of a field that may also be None."""
+    return next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)
+
+
 def _explain(problem: ValidationError, source: str) -> RecipeError:
     error = problem.errors()[0]
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         section: Any = Recipe
         for part in error["loc"][:-1]:
-            section = section.model_fields[str(part)].annotation
+            section = _section_in(section.model_fields[str(part)].annotation)
         hint = nearest(str(error["loc"][-1]), section.model_fields)
         known = ", ".join(section.model_fields)
         return RecipeError(f"Unknown key '{where}' in recipe {source}", f"{hint} Known keys here: {known}".strip())

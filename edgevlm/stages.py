@@ -4,6 +4,7 @@ Each function fits one step of the packages below to `stage(job) -> artifact`; w
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -46,6 +47,7 @@ from edgevlm.report.terminal import print_scorecard
 from edgevlm.train.answering import train_teacher
 from edgevlm.train.detector import load_frames, train_detector
 from edgevlm.train.prepare import prepare
+from edgevlm.train.pretraining import check_pretraining, pretrain
 from edgevlm.train.regions import cache_regions
 from targets.base import check_target, load_exporter
 
@@ -186,6 +188,11 @@ def check_training(recipe: Recipe, data_path: str | None) -> None:
     tee = resolve_tee(recipe.tee)
     create_trunk(tee.trunk, tee.first_level, tee.num_levels)
     resolve_fusion(recipe.teacher.fusion)
+    if recipe.pretrain is not None:
+        resolve_fusion(recipe.pretrain.fusion)
+        check_pretraining(recipe.pretrain, recipe.text.max_tokens)
+        if recipe.pretrain.tagger is not None:
+            read_manifest(Path(recipe.pretrain.tagger), Checkpoint, check_files=False)
     open_reader(recipe.data, recipe.task, recipe.seed, data_path)
 
 
@@ -223,11 +230,20 @@ STAGES: tuple[Stage, ...] = (
 
 LAST_TRAINING = "teacher"
 """Where `edgevlm train` ends: behind it models are compressed and exported."""
+PRETRAIN = Stage("pretrain", pretrain, ("detector", "regions"), ("data", "task", "pretrain"), everywhere=True)
+"""Before the teacher, in recipes that have this section."""
 
 
 def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
-    """The stages a recipe goes through: detection ends with the detector, for there is nothing to answer."""
-    return STAGES[: 1 + [stage.name for stage in STAGES].index("detector")] if recipe.task == "detection" else STAGES
+    """The stages of a recipe, in order; detection ends with the detector, for there is nothing to answer."""
+    names = [stage.name for stage in STAGES]
+    if recipe.task == "detection":
+        return STAGES[: 1 + names.index("detector")]
+    if recipe.pretrain is None:
+        return STAGES
+    at = names.index("teacher")
+    teacher = replace(STAGES[at], inputs=(*STAGES[at].inputs, PRETRAIN.name))
+    return (*STAGES[:at], PRETRAIN, teacher, *STAGES[at + 1 :])
 
 
 def show_scorecard(folder: Path, bundle: Path, console: Console) -> None:

@@ -5,7 +5,7 @@ import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -38,6 +38,8 @@ class Frames:
     attributes: list[np.ndarray]
     """Per image (n, A) float32, 0 or 1."""
     texts: list[tuple[Text, ...]]
+    captions: list[tuple[str, ...]] = field(default_factory=list)
+    """Per image; empty where nobody asked for them."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -80,7 +82,7 @@ class RandomAccess(Protocol):
     def num_samples(self, split: str, limit: int | None) -> int: ...
 
 
-Row = tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[Text, ...]]
+Row = tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[Text, ...], tuple[str, ...]]
 
 
 def materialise(
@@ -115,7 +117,7 @@ def materialise(
     else:
         rows = _rows(reader, split, limit, spec)
     frames = Frames([], np.empty((total or 1024, spec.height, spec.width, 3), np.uint8), [], [], [], [])
-    for sample_id, pixels_HWC, boxes, classes, attributes, texts in rows:
+    for sample_id, pixels_HWC, boxes, classes, attributes, texts, captions in rows:
         count = len(frames.ids)
         if count == len(frames.pixels):
             # In place: a stack of separate images would hold the split twice.
@@ -126,6 +128,7 @@ def materialise(
         frames.classes.append(classes)
         frames.attributes.append(attributes)
         frames.texts.append(texts)
+        frames.captions.append(captions)
         if progress and (count + 1) % CHUNK == 0:
             progress(count + 1, total)
     if not frames.ids:
@@ -270,6 +273,7 @@ def _row(sample: Sample, labels: Labels, spec: PreprocessSpec) -> Row:
         sample.classes.astype(np.int64),
         attributes,
         sample.texts,
+        sample.captions,
     )
 
 

@@ -18,6 +18,7 @@ from edgevlm.tasks import answers as task
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.loop import fit
 from edgevlm.train.regions import AnswerBatch, RegionSplit, cached_splits
+from edgevlm.train.warm_start import warm_start
 
 
 class AnswerObjective(nn.Module):
@@ -51,9 +52,9 @@ def freeze_extractor(model: VLM) -> None:
     model.tee.requires_grad_(False)
 
 
-def with_fusion(detector: VLM, manifest: Checkpoint, fusion: FusionConfig) -> VLM:
-    """The detector's extractor under a new, untrained fusion."""
-    config = ModelConfig(tee=manifest.model.tee, fusion=fusion)
+def with_fusion(detector: VLM, manifest: Checkpoint, fusion: FusionConfig, **settings: Any) -> VLM:
+    """The detector's extractor under a new, untrained fusion; `settings` are further fields of the `ModelConfig`."""
+    config = ModelConfig(tee=manifest.model.tee, fusion=fusion, **settings)
     model = VLM(config, manifest.preprocess, manifest.tokenizer, manifest.labels)
     model.tee.load_state_dict(detector.tee.state_dict())
     return model
@@ -141,6 +142,9 @@ def train_teacher(job: Job) -> Checkpoint:
     detector, manifest = vlm.load(job.inputs["detector"])
     torch.manual_seed(recipe.seed + 1)
     model = with_fusion(detector, manifest, resolve_fusion(section.fusion))
+    start = str(job.inputs["pretrain"]) if "pretrain" in job.inputs else section.start
+    if start is not None:
+        warm_start(model, start, job.inputs["detector"] / VOCABULARY, manifest.tokenizer, job.reporter)
     objective = AnswerObjective(model, recipe.referred_weight)
     fit_answers(objective, model, job, section, what="teacher", seed=recipe.seed + 1)
     metrics = evaluate(model, job)

@@ -24,6 +24,7 @@ from edgevlm.manifests import MANIFEST, read_manifest
 from edgevlm.models import vlm
 from edgevlm.models.regions import box_iou
 from edgevlm.models.tee import TEE, Regions
+from edgevlm.train.captions import save_captions
 from edgevlm.train.checkpoints import finish
 from edgevlm.train.shards import MappedColumn, Table, TableFile, write_table
 
@@ -248,6 +249,7 @@ def cache_regions(job: Job) -> RegionCache:
         with job.reporter.bar(f"regions of {split} images", limit) as bar:
             shards = materialise_shards(reader, split, limit, recipe.preprocess, section.shard_images, is_mine)
             for shard, frames in shards:
+                save_captions(job.out_dir, split, shard, frames.captions, tokenizer)
                 extracted = extract(tee, frames, tokenizer, manifest.labels)
                 extracted.save(job.out_dir, split, shard=shard, key=key, dtype=section.dtype)
                 bar.update(shard * section.shard_images + len(frames))
