@@ -20,7 +20,9 @@ from edgevlm.artifacts import (
     Gate,
     ParityReport,
     Provenance,
+    RegionCache,
     Scorecard,
+    Vocabulary,
     digest,
 )
 from edgevlm.bench.local import bench_bundle
@@ -140,7 +142,11 @@ def score(job: Job) -> Scorecard:
         if "accuracy_dev" in checkpoint.metrics:  # datasets that publish both are reported on both
             training[f"{name} (dev)"] = checkpoint.metrics["accuracy_dev"]
     detector = read_manifest(job.inputs["detector"], Checkpoint, check_files=False)
-    stages = {"detector": detector, **checkpoints, "export": bundle, "verify": parity, "bench": latency}
+    vocabulary = read_manifest(job.inputs["prepare"], Vocabulary, check_files=False)
+    regions = read_manifest(job.inputs["regions"], RegionCache, check_files=False)
+    calibration = read_manifest(job.inputs["calibrate"], CalibrationSet, check_files=False)
+    stages = {"prepare": vocabulary, "detector": detector, "regions": regions, **checkpoints}
+    stages |= {"calibrate": calibration, "export": bundle, "verify": parity, "bench": latency}
     seconds = {name: artifact.provenance.seconds for name, artifact in stages.items()}
     gates = run_gates(job.recipe, checkpoints)
     scorecard = join(parity, latency, bundle, training, seconds, gates, job.provenance)
@@ -201,7 +207,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("export", export, ("trim", "calibrate"), ("name", "export")),
     Stage("verify", verify, ("trim", "export"), ("data", "verify")),
     Stage("bench", bench, ("trim", "export"), ("bench",)),
-    Stage("scorecard", score, ("detector", *TRAINED, "export", "verify", "bench"), ("gates",)),
+    Stage("scorecard", score, (*_MODEL, "detector", *TRAINED, "calibrate", "export", "verify", "bench"), ("gates",)),
 )
 """The flow: each stage reads only artifacts of stages above it."""
 

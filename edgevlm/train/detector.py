@@ -20,10 +20,11 @@ NUM_EVALUATED = 256
 """Validation images for mAP."""
 
 
-def load_frames(job: Job, split: str, limit: int | None) -> Frames:
-    """Preprocessed images of a split, with a progress bar."""
+def load_frames(job: Job, split: str, limit: int | None, *, texts: bool = True) -> Frames:
+    """Preprocessed images of a split, with a progress bar; without `texts` a dataset that draws them draws just one."""
     recipe = job.recipe
-    reader = open_reader(recipe.data, recipe.task, recipe.seed, job.data_path)
+    data = recipe.data if texts else recipe.data.model_copy(update={"texts_per_image": 1})
+    reader = open_reader(data, recipe.task, recipe.seed, job.data_path)
     with job.reporter.bar(f"reading {split} images", limit) as bar:
         return materialise(reader, split, limit, recipe.preprocess, progress=lambda done, _: bar.update(done))
 
@@ -56,7 +57,7 @@ def train_detector(job: Job) -> Checkpoint:
     """Train the extractor from scratch; the fusion half of the checkpoint is untrained."""
     recipe = job.recipe
     vocabulary = read_manifest(job.inputs["prepare"], Vocabulary)
-    train = load_frames(job, "train", recipe.data.num_train)
+    train = load_frames(job, "train", recipe.data.num_train, texts=False)
     truth = make_truth(train, len(vocabulary.labels.attributes))
     torch.manual_seed(recipe.seed)
     manifest = Checkpoint(
@@ -91,7 +92,7 @@ def train_detector(job: Job) -> Checkpoint:
         seed=recipe.seed,
         reporter=job.reporter,
     )
-    val = load_frames(job, "val", min(recipe.data.num_val or NUM_EVALUATED, NUM_EVALUATED))
+    val = load_frames(job, "val", min(recipe.data.num_val or NUM_EVALUATED, NUM_EVALUATED), texts=False)
     metrics = evaluate_detector(model.tee.eval(), val)
     job.reporter.say(
         f"  detector: mAP {metrics['map']:.3f}, AP50 {metrics['ap50']:.3f} on {len(val.ids)} validation images"
