@@ -117,8 +117,10 @@ def word_log_probs(model: VLM, draft: Draft, captions_BKT: Tensor, tokenizer: To
     logits = _logits(model, states[:, :, num_words:])
     first = (place == 0).view(1, 1, -1, 1)
     log_probs = (logits + _forbidden(logits, tokenizer, first)).log_softmax(-1)
-    return log_probs.gather(-1, captions_BKT.long().unsqueeze(-1)).squeeze(-1).masked_fill(
-        captions_BKT == tokenizer.pad_id, 0.0
+    return (
+        log_probs.gather(-1, captions_BKT.long().unsqueeze(-1))
+        .squeeze(-1)
+        .masked_fill(captions_BKT == tokenizer.pad_id, 0.0)
     )
 
 
@@ -193,7 +195,7 @@ def beam_search(
         reachable = (totals / max_words**length_penalty).masked_fill(done, -torch.inf).amax(1)
         if bool((reached >= reachable).all()):
             break
-    scores, order = (totals / lengths**length_penalty).sort(1, descending=True, stable=True)
+    scores, order = torch.sort(totals / lengths**length_penalty, dim=1, descending=True, stable=True)
     return Captions(ids.gather(1, order.unsqueeze(-1).expand_as(ids)), scores)
 
 

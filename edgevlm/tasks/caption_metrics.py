@@ -11,15 +11,12 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 from edgevlm.errors import DataError
-from edgevlm.tasks.cider import CiderD
 
-NOT_INSTALLED = "pycocoevalcap is not installed: pip install 'edgevlm[captions]'"
 NO_JAVA = "no Java runtime on the PATH"
-SPICE_MODELS = ("spice/lib/stanford-corenlp-3.6.0.jar", "spice/lib/stanford-corenlp-3.6.0-models.jar")
+SPICE_MODELS = ("lib/stanford-corenlp-3.6.0.jar", "lib/stanford-corenlp-3.6.0-models.jar")
 
 Lines = dict[str, list[str]]
 """Image -> its captions, tokenised, the words separated by spaces."""
@@ -50,20 +47,14 @@ def score_captions(references: Mapping[str, Sequence[str]], captions: Mapping[st
         DataError: other images in one than in the other, none at all, or an image without references.
     """
     _check(references, captions)
-    folder, java = library_folder(), shutil.which("java")
-    tokenizer = "ptb" if folder and java else "plain"
+    java = shutil.which("java")
     texts = [text for image in references for text in (*references[image], captions[image])]
-    words = iter(_ptb_tokens(texts, folder, java) if folder and java else map(plain_tokens, texts))
+    words = iter(_ptb_tokens(texts, java) if java else map(plain_tokens, texts))
     truth: Lines = {}
     said: Lines = {}
     for image in references:
         truth[image] = [next(words) for _ in references[image]]
         said[image] = [next(words)]
-    if folder is None:
-        cider = CiderD([[line.split() for line in lines] for lines in truth.values()])
-        scores = cider.scores([lines[0].split() for lines in said.values()])
-        others = dict.fromkeys(("bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "spice"), NOT_INSTALLED)
-        return CaptionScores({"cider": float(scores.mean())}, tokenizer, others)
     values = _bleu_rouge_cider(truth, said)
     not_measured: dict[str, str] = {}
     measures: dict[str, Callable[[Lines, Lines], float | str]] = {"meteor": _meteor, "spice": _spice}
@@ -73,19 +64,12 @@ def score_captions(references: Mapping[str, Sequence[str]], captions: Mapping[st
             not_measured[name] = result
         else:
             values[name] = result
-    return CaptionScores(values, tokenizer, not_measured)
+    return CaptionScores(values, "ptb" if java else "plain", not_measured)
 
 
 def plain_tokens(text: str) -> str:
     """Lower-case words without punctuation, where the official tokeniser cannot run."""
     return " ".join(re.findall(r"\w+(?:[-.]\w+)*|'\w+", text.lower()))
-
-
-def library_folder() -> Path | None:
-    """Where pycocoevalcap lies; None if it is not installed."""
-    spec = find_spec("pycocoevalcap")
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    return Path(places[0]) if places else None
 
 
 def _check(references: Mapping[str, Sequence[str]], captions: Mapping[str, str]) -> None:
@@ -101,14 +85,14 @@ def _check(references: Mapping[str, Sequence[str]], captions: Mapping[str, str])
         raise DataError(f"Image '{empty[0]}' has no reference captions", "Leave it out of the evaluation")
 
 
-def _ptb_tokens(texts: Sequence[str], folder: Path, java: str) -> list[str]:
+def _ptb_tokens(texts: Sequence[str], java: str) -> list[str]:
     """The official tokenisation: Stanford's PTB tokens in lower case, less pycocoevalcap's list of punctuation.
 
     The jar is run by us, through pipes: the library's own wrapper writes its input into its installation folder.
     """
-    from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
+    from pycocoevalcap.tokenizer import ptbtokenizer as official
 
-    jar = folder / "tokenizer" / STANFORD_CORENLP_3_4_1_JAR
+    jar = Path(official.__file__).parent / official.STANFORD_CORENLP_3_4_1_JAR
     command = [java, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
     command += ["-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
     # One line per caption: whatever Unicode calls a line break becomes a space.
@@ -119,7 +103,7 @@ def _ptb_tokens(texts: Sequence[str], folder: Path, java: str) -> list[str]:
         raise DataError(
             f"The PTB tokeniser failed ({_last_line(run.stderr)})", f"Check that {java} runs, or take it off the PATH"
         )
-    removed = set(PUNCTUATIONS)
+    removed = set(official.PUNCTUATIONS)
     return [" ".join(word for word in line.split() if word not in removed) for line in tokenised]
 
 
@@ -160,12 +144,11 @@ def _meteor(truth: Lines, said: Lines) -> float | str:
 
 def _spice(truth: Lines, said: Lines) -> float | str:
     """SPICE, or why there is none; its models are never fetched from here."""
-    folder = library_folder()
-    missing = [name for name in SPICE_MODELS if folder is None or not (folder / name).is_file()]
-    if missing:
-        return f"its models are not installed (pycocoevalcap/{missing[0]})"
     from pycocoevalcap.spice import spice
 
+    folder = Path(spice.__file__).parent
+    if missing := [name for name in SPICE_MODELS if not (folder / name).is_file()]:
+        return f"its models are not installed ({folder / missing[0]})"
     with tempfile.TemporaryDirectory() as work:
         # The library joins these to its own folder; joined to an absolute path, that folder drops out.
         names = {"TEMP_DIR": f"{work}/tmp", "CACHE_DIR": f"{work}/cache"}
