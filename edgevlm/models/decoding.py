@@ -98,8 +98,8 @@ def next_word(model: VLM, draft: Draft, last_BK: Tensor, mask_id: int) -> Tensor
     return _logits(model, states[:, :, 1])
 
 
-def word_log_probs(model: VLM, draft: Draft, captions_BKT: Tensor, tokenizer: TokenizerSpec) -> Tensor:
-    """Log-probability of each word of finished captions (B, K, T), 0 at [PAD]; all words in one differentiable pass.
+def word_logits(model: VLM, draft: Draft, captions_BKT: Tensor, tokenizer: TokenizerSpec) -> Tensor:
+    """Logits (B, K, T, V) of every word of finished captions; all words in one differentiable pass.
 
     Every word stands there twice: as itself, read by the words behind it, and as a [MASK] that reads the words before it.
     The result is that of `next_word` fed with the caption word by word. `draft` must be fresh, and stays so.
@@ -114,14 +114,16 @@ def word_log_probs(model: VLM, draft: Draft, captions_BKT: Tensor, tokenizer: To
     nothing = torch.zeros_like(itself)
     sees = torch.cat([torch.cat([earlier, nothing], 1), torch.cat([earlier, itself], 1)])
     states, _ = _write(model, draft, ids, torch.cat([place, place + 1]), (~sees).float() * MASKED)
-    logits = _logits(model, states[:, :, num_words:])
-    first = (place == 0).view(1, 1, -1, 1)
+    return _logits(model, states[:, :, num_words:])
+
+
+def word_log_probs(model: VLM, draft: Draft, captions_BKT: Tensor, tokenizer: TokenizerSpec) -> Tensor:
+    """Log-probability (B, K, T) with which `sample` draws each word of these captions, 0 at [PAD]; differentiable."""
+    logits = word_logits(model, draft, captions_BKT, tokenizer)
+    first = (torch.arange(captions_BKT.shape[2], device=logits.device) == 0).view(1, 1, -1, 1)
     log_probs = (logits + _forbidden(logits, tokenizer, first)).log_softmax(-1)
-    return (
-        log_probs.gather(-1, captions_BKT.long().unsqueeze(-1))
-        .squeeze(-1)
-        .masked_fill(captions_BKT == tokenizer.pad_id, 0.0)
-    )
+    chosen = log_probs.gather(-1, captions_BKT.long().unsqueeze(-1)).squeeze(-1)
+    return chosen.masked_fill(captions_BKT == tokenizer.pad_id, 0.0)
 
 
 # --- searching ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from edgevlm.artifacts import TokenizerSpec
 from edgevlm.data.text import Tokenizer
-from edgevlm.models.decoding import greedy, read_context, sample, word_log_probs
+from edgevlm.models.decoding import greedy, read_context, sample, word_log_probs, word_logits
 from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM
 from edgevlm.tasks.cider import CiderD
@@ -31,7 +31,10 @@ class CaptionBatch(NamedTuple):
 
 
 class CaptionObjective(nn.Module):
-    """Guess masked words of the caption from the words before them, the tags and the regions (MiniVLM's fine-tuning).
+    """Guess words of the caption from the words before them, the tags and the regions.
+
+    MiniVLM's fine-tuning masks a few words and runs the whole sequence. `every_word` (ours) asks for all words at once,
+    each from exactly what generation will show: about twice the work per step for all of the signal.
 
     Args:
         model: a model with the head `words`.
@@ -39,6 +42,7 @@ class CaptionObjective(nn.Module):
         num_caption: places of the caption in `input_ids`.
         mask_share, max_masked: share of the words that are masked, and their number at most (at least one is).
         label_smoothing: share of the target's probability that is spread over the vocabulary.
+        every_word: all words instead of a masked few.
     """
 
     def __init__(
@@ -49,25 +53,36 @@ class CaptionObjective(nn.Module):
         mask_share: float = 0.15,
         max_masked: int = 3,
         label_smoothing: float = 0.1,
+        every_word: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.num_caption = model, tokenizer, num_caption
         self.mask_share, self.max_masked, self.label_smoothing = mask_share, max_masked, label_smoothing
+        self.every_word = every_word
         train_words_only(model)
 
     def forward(self, batch: CaptionBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        caption_BL = batch.input_ids[:, : self.num_caption]
+        caption_BL, tags_BG = batch.input_ids[:, : self.num_caption], batch.input_ids[:, self.num_caption :]
+        guess = self._every_word if self.every_word else self._masked_words
+        logits_MV, targets_M = guess(batch.regions, caption_BL, tags_BG)
+        loss = F.cross_entropy(logits_MV, targets_M.long(), label_smoothing=self.label_smoothing)
+        return loss, {"words": (logits_MV.argmax(-1) == targets_M).float().mean()}
+
+    def _masked_words(self, regions: Regions, caption_BL: Tensor, tags_BG: Tensor) -> tuple[Tensor, Tensor]:
         masked_BL = choose_masked(caption_BL, self.tokenizer, self.mask_share, self.max_masked)
-        shown = torch.cat(
-            [caption_BL.masked_fill(masked_BL, self.tokenizer.mask_id), batch.input_ids[:, self.num_caption :]], dim=1
-        )
-        fused = self.model.fuse(batch.regions, shown, num_caption=self.num_caption, seq2seq=True)
+        shown = torch.cat([caption_BL.masked_fill(masked_BL, self.tokenizer.mask_id), tags_BG], dim=1)
+        fused = self.model.fuse(regions, shown, num_caption=self.num_caption, seq2seq=True)
         states_MD = fused.hidden_BTD[-1][:, : self.num_caption][masked_BL]
         assert self.model.word_head is not None, "a captioner has the head `words`"
-        logits_MV = self.model.word_head(states_MD, self.model.fusion.words.weight)
-        targets_M = caption_BL[masked_BL].long()
-        loss = F.cross_entropy(logits_MV, targets_M, label_smoothing=self.label_smoothing)
-        return loss, {"words": (logits_MV.argmax(-1) == targets_M).float().mean()}
+        return self.model.word_head(states_MD, self.model.fusion.words.weight), caption_BL[masked_BL]
+
+    def _every_word(self, regions: Regions, caption_BL: Tensor, tags_BG: Tensor) -> tuple[Tensor, Tensor]:
+        said_BL = caption_BL != self.tokenizer.pad_id
+        words_B1T = caption_BL[:, None, 1 : int(said_BL.sum(1).amax())]
+        draft = read_context(self.model, regions, tags_BG, self.num_caption)
+        logits = word_logits(self.model, draft, words_B1T, self.tokenizer)
+        counted = words_B1T != self.tokenizer.pad_id
+        return logits[counted], words_B1T[counted]
 
 
 def train_words_only(model: VLM) -> None:
