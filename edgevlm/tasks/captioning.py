@@ -147,7 +147,7 @@ class SelfCritical(nn.Module):
             reward_BK = self._rewards(drawn, batch.images)
         log_probs_BKT = word_log_probs(self.model, draft(), drawn, spec)
         gain_BK1 = (reward_BK - baseline_BK).unsqueeze(-1)
-        loss = -(gain_BK1 * log_probs_BKT).sum() / (drawn != spec.pad_id).sum()
+        loss = -(gain_BK1 * log_probs_BKT).sum(-1).mean()
         return loss, {"greedy": baseline_BK.mean(), "sampled": reward_BK.mean()}
 
     def _rewards(self, ids_BKT: Tensor, images_B: Tensor) -> Tensor:
