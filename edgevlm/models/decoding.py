@@ -80,8 +80,8 @@ def read_context(model: VLM, regions: Regions, tag_ids_BG: Tensor, num_caption: 
     context: list[KeyValues] = []
     for layer in _layers(model):
         q, k, v = _project(layer, x_BCD)
-        y_BHCd = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11C.expand(-1, -1, q.shape[2], -1))
-        x_BCD = _rest_of_layer(layer, x_BCD, y_BHCd.transpose(1, 2).flatten(2))
+        scores = torch.matmul(q * layer.attention.head_dim**-0.5, k.transpose(-1, -2)) + mask_B11C
+        x_BCD = _rest_of_layer(layer, x_BCD, torch.matmul(scores.softmax(-1), v).transpose(1, 2).flatten(2))
         context.append(KeyValues(k, v))
     return Draft(context, mask_B11C, [])
 

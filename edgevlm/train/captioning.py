@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgevlm.artifacts import VOCABULARY, Checkpoint, ModelConfig, TokenizerSpec
 from edgevlm.data import open_reader
@@ -19,7 +19,7 @@ from edgevlm.models.decoding import beam_search, greedy, read_context
 from edgevlm.models.registry import resolve_fusion
 from edgevlm.models.tee import TEE, Regions
 from edgevlm.models.vlm import VLM
-from edgevlm.recipe import CaptionSection
+from edgevlm.recipe import CaptionSection, TrainSection
 from edgevlm.tasks.caption_metrics import score_captions
 from edgevlm.tasks.captioning import CaptionBatch, CaptionObjective, SelfCritical, nearest_by_tags, reward_words
 from edgevlm.tasks.cider import CiderD
@@ -67,7 +67,7 @@ def train_captioner(job: Job) -> Checkpoint:
     tokenizer = Tokenizer(job.inputs["prepare"] / VOCABULARY, manifest.tokenizer)
     torch.manual_seed(job.recipe.seed + 1)
     model = start_model(detector, manifest, section)
-    train = load_split(job, model.tee, manifest, section, "train")
+    train = load_split(job, detector.tee, manifest, section, "train")
     objective = CaptionObjective(
         model,
         manifest.tokenizer,
@@ -80,7 +80,7 @@ def train_captioner(job: Job) -> Checkpoint:
     _fit(job, objective, model, section, train, "captioner", torch.arange(len(train.caption_ids)))
     if section.self_critical is not None:
         criticise(job, model, section, train, tokenizer)
-    metrics = evaluate(job, model, manifest, section, train, tokenizer)
+    metrics = evaluate(job, model, detector.tee, manifest, section, train, tokenizer)
     changes = {"provenance": job.provenance, "model": model.config, "task": "captioning", "metrics": metrics}
     vocabulary = job.inputs["prepare"] / VOCABULARY
     return save_checkpoint(job.out_dir, model.cpu(), vocabulary, manifest.model_copy(update=changes))
@@ -127,13 +127,18 @@ def criticise(job: Job, model: VLM, section: CaptionSection, train: CaptionSplit
         section.max_words,
     )
     # One row per image: all captions of an image are the references of whatever is drawn for it.
-    first = torch.tensor(
-        [i for i, n in enumerate(train.image_index.tolist()) if i == 0 or n != train.image_index[i - 1]]
-    )
-    _fit(job, objective, model, section.self_critical, train, "captioner-cider", first)
+    rows = first_rows(train.image_index)
+    _fit(job, objective, model, section.self_critical, train, "captioner-cider", rows)
 
 
-def _fit(job: Job, objective, model: VLM, section, train: CaptionSplit, what: str, rows: Tensor) -> None:
+def first_rows(image_index: Tensor) -> Tensor:
+    """Row of the first caption of every image that has one; `image_index` rises."""
+    return torch.cat([torch.ones(1, dtype=torch.bool), image_index[1:] != image_index[:-1]]).nonzero().flatten()
+
+
+def _fit(
+    job: Job, objective: nn.Module, model: VLM, section: TrainSection, train: CaptionSplit, what: str, rows: Tensor
+) -> None:
     pad_id, threshold = model.fusion.pad_id, model.config.tee.score_threshold
     fit(
         objective,
@@ -152,39 +157,46 @@ def _fit(job: Job, objective, model: VLM, section, train: CaptionSplit, what: st
 
 
 def evaluate(
-    job: Job, model: VLM, manifest: Checkpoint, section: CaptionSection, train: CaptionSplit, tokenizer: Tokenizer
+    job: Job,
+    model: VLM,
+    tee: TEE,
+    manifest: Checkpoint,
+    section: CaptionSection,
+    train: CaptionSplit,
+    tokenizer: Tokenizer,
 ) -> dict[str, float]:
-    """Caption every evaluation split; metrics per split, beside those of the best training caption by tags."""
+    """Caption every evaluation split; metrics per split, beside those of the training caption nearest by tags."""
     metrics: dict[str, float] = {}
-    labels, confidence = manifest.labels, section.tag_confidence
-    known = describe(model.tee, train.regions, labels.classes, labels.attributes, confidence)
-    first_caption = {image: row for row, image in reversed(list(enumerate(train.image_index.tolist())))}
-    captioned = sorted(first_caption)
+    classes, attributes = manifest.labels.classes, manifest.labels.attributes
+    rows = first_rows(train.image_index)
+    found = describe(tee, train.regions, classes, attributes, section.tag_confidence)
+    known = [found[image] for image in train.image_index[rows].tolist()]
+    known_captions = [tokenizer.decode(train.caption_ids[row].tolist()) for row in rows.tolist()]
     for path in sorted(job.inputs["regions"].glob("*.safetensors")):
         if path.stem == "train":
             continue
-        split = load_split(job, model.tee, manifest, section, path.stem)
+        split = load_split(job, tee, manifest, section, path.stem)
         samples = read_captions(job, path.stem, len(split.tag_ids))
-        references = {sample_id: captions for sample_id, captions in samples if captions}
-        said = dict(zip((sample_id for sample_id, _ in samples), say(model, split, section, tokenizer), strict=True))
-        said = {sample_id: said[sample_id] for sample_id in references}
+        found = describe(tee, split.regions, classes, attributes, section.tag_confidence)
+        nearest = nearest_by_tags(found, known)
+        references: dict[str, tuple[str, ...]] = {}
+        said: dict[str, str] = {}
+        borrowed: dict[str, str] = {}
+        for (sample_id, captions), caption, index in zip(
+            samples, say(model, split, section, tokenizer), nearest, strict=True
+        ):
+            if captions:
+                references[sample_id], said[sample_id] = captions, caption
+                borrowed[sample_id] = known_captions[index]
         results = [{"image_id": sample_id, "caption": caption} for sample_id, caption in said.items()]
         (job.out_dir / RESULTS.format(split=path.stem)).write_text(json.dumps(results, indent=1) + "\n")
-        found = describe(model.tee, split.regions, labels.classes, labels.attributes, confidence)
-        nearest = nearest_by_tags(found, [known[image] for image in captioned])
-        borrowed = {
-            sample_id: tokenizer.decode(train.caption_ids[first_caption[captioned[index]]].tolist())
-            for (sample_id, _), index in zip(samples, nearest, strict=True)
-            if sample_id in references
-        }
         scores = score_captions(references, said, slow=path.stem == "test")
-        baseline = score_captions(references, borrowed, slow=False)
+        baseline = score_captions(references, borrowed, slow=False).values
         metrics |= {f"{name}_{path.stem}": value for name, value in scores.values.items()}
-        metrics[f"cider_by_tags_{path.stem}"] = baseline.values["cider"]
-        metrics[f"bleu4_by_tags_{path.stem}"] = baseline.values["bleu4"]
+        metrics |= {f"{name}_by_tags_{path.stem}": value for name, value in baseline.items()}
         job.reporter.say(
-            f"  captioner, {path.stem}: CIDEr {scores.values['cider']:.3f} (the training caption with the most similar "
-            f"tags: {baseline.values['cider']:.3f}), BLEU-4 {scores.values['bleu4']:.3f}"
+            f"  captioner, {path.stem}: CIDEr {scores.values['cider']:.3f}, BLEU-4 {scores.values['bleu4']:.3f} "
+            f"(the training caption nearest by tags: {baseline['cider']:.3f}, {baseline['bleu4']:.3f})"
         )
         for name, reason in scores.not_measured.items():
             job.reporter.say(f"  {name} is not measured: {reason}")
