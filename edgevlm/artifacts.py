@@ -220,7 +220,7 @@ class Checkpoint(Artifact):
 
 
 class RegionCache(Artifact):
-    """Region features of whole splits, extracted once (`<split>.safetensors`)."""
+    """Region features of whole splits, extracted once (`<split>/images-*.parquet` and `<split>/questions-*.parquet`)."""
 
     kind: Literal["regions"] = "regions"
     preprocess_hash: str

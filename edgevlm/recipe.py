@@ -54,17 +54,39 @@ class Choice(Section):
 class TrainSection(Section):
     steps: int = Field(gt=0)
     batch_size: int = Field(64, gt=0)
+    """Rows per step, over all processes and pieces: a recipe gives the same model on one GPU and on eight."""
+    accumulate: int = Field(1, gt=0)
+    """Pieces into which each process cuts its share of a batch, one after the other: less memory for the same step."""
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of SGD."""
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps with a rising learning rate; linear decay afterwards."""
+    """Share of the steps with a rising learning rate; `schedule` says how it falls afterwards."""
+    schedule: Literal["linear", "cosine"] = "linear"
     clip_norm: float = Field(5.0, gt=0)
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of a moving average of the weights (0.9998, say), which is then evaluated and saved; None = none."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the matrix products; weights and sums stay float32. `auto`: bf16 on an NVIDIA GPU, fp32 elsewhere."""
+    compile: bool = False
+    """Compile the objective with torch.compile: minutes at the start for faster steps; needs a C++ compiler."""
+    loaders: int = Field(1, ge=0)
+    """Threads that prepare batches ahead; 0 = each when its step asks for it."""
     save_every: int = Field(200, gt=0)
     """Steps between resumable snapshots."""
 
 
 class DetectorSection(TrainSection):
     pass
+
+
+class RegionsSection(Section):
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the features on disk; float16 halves the cache and rounds them to three digits."""
+    shard_images: int = Field(1024, gt=0)
+    """Images per file; what a killed run loses at most, and the unit that processes share."""
 
 
 class TeacherSection(TrainSection):
@@ -200,6 +222,7 @@ class Recipe(Section):
     """Weight of the auxiliary loss 'which regions does the text refer to', where the data say so."""
     tee: Choice
     detector: DetectorSection
+    regions: RegionsSection = RegionsSection()  # pyright: ignore[reportCallIssue]
     teacher: TeacherSection
     distil: DistilSection
     prune: PruneSection

@@ -177,32 +177,42 @@ def run_gates(recipe: Recipe, checkpoints: dict[str, Checkpoint]) -> tuple[Gate,
     return tuple(gates)
 
 
-def check(recipe: Recipe, data_path: str | None) -> None:
-    """Find a recipe's mistakes before anything runs: networks, ladder, targets and their libraries, dataset.
+def check_training(recipe: Recipe, data_path: str | None) -> None:
+    """Find the mistakes of what `edgevlm train` reads: networks and dataset.
 
     Raises:
-        RecipeError, TargetError, DataError: the first mistake.
+        RecipeError, DataError: the first mistake.
     """
     tee = resolve_tee(recipe.tee)
     create_trunk(tee.trunk, tee.first_level, tee.num_levels)
     resolve_fusion(recipe.teacher.fusion)
-    check_rungs(recipe.trim, len(resolve_fusion(recipe.distil.fusion).layer_heads), tee.num_regions)
+    open_reader(recipe.data, recipe.task, recipe.seed, data_path)
+
+
+def check(recipe: Recipe, data_path: str | None) -> None:
+    """Find a recipe's mistakes before anything runs: networks, dataset, ladder, targets and their libraries.
+
+    Raises:
+        RecipeError, TargetError, DataError: the first mistake.
+    """
+    check_training(recipe, data_path)
+    student = resolve_fusion(recipe.distil.fusion)
+    check_rungs(recipe.trim, len(student.layer_heads), resolve_tee(recipe.tee).num_regions)
     for target in recipe.export.targets:
         load_exporter(target)
         for precision in recipe.export.precisions:
             check_target(target, precision)
-    open_reader(recipe.data, recipe.task, recipe.seed, data_path)
 
 
 _MODEL = ("prepare", "regions")
 STAGES: tuple[Stage, ...] = (
     Stage("prepare", prepare, (), ("data", "task", "preprocess", "text")),
-    Stage("detector", train_detector, ("prepare",), ("data", "task", "preprocess", "tee", "detector")),
-    Stage("regions", cache_regions, ("detector",), ("data", "task", "preprocess")),
-    Stage("teacher", train_teacher, ("detector", *_MODEL), ("task", "teacher", "referred_weight")),
-    Stage("distil", distil, ("detector", "teacher", *_MODEL), ("task", "distil", "referred_weight")),
-    Stage("prune", prune, ("teacher", "distil", *_MODEL), ("prune", "referred_weight")),
-    Stage("trim", trim, ("prune", *_MODEL), ("trim", "referred_weight")),
+    Stage("detector", train_detector, ("prepare",), ("data", "task", "preprocess", "tee", "detector"), everywhere=True),
+    Stage("regions", cache_regions, ("detector",), ("data", "task", "preprocess", "regions"), everywhere=True),
+    Stage("teacher", train_teacher, ("detector", *_MODEL), ("task", "teacher", "referred_weight"), everywhere=True),
+    Stage("distil", distil, ("detector", "teacher", *_MODEL), ("task", "distil", "referred_weight"), everywhere=True),
+    Stage("prune", prune, ("teacher", "distil", *_MODEL), ("prune", "referred_weight"), everywhere=True),
+    Stage("trim", trim, ("prune", *_MODEL), ("trim", "referred_weight"), everywhere=True),
     Stage("calibrate", calibrate, ("trim",), ("data", "calibration")),
     Stage("export", export, ("trim", "calibrate"), ("name", "export")),
     Stage("verify", verify, ("trim", "export"), ("data", "verify")),
@@ -210,6 +220,9 @@ STAGES: tuple[Stage, ...] = (
     Stage("scorecard", score, (*_MODEL, "detector", *TRAINED, "calibrate", "export", "verify", "bench"), ("gates",)),
 )
 """The flow: each stage reads only artifacts of stages above it."""
+
+LAST_TRAINING = "teacher"
+"""Where `edgevlm train` ends: behind it models are compressed and exported."""
 
 
 def show_scorecard(folder: Path, bundle: Path, console: Console) -> None:

@@ -1,5 +1,7 @@
 """Whole splits as arrays, so that an epoch costs no decoding: images at the model's size, and encoded questions."""
 
+import collections
+import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -127,11 +129,63 @@ def materialise(
         if progress and (count + 1) % CHUNK == 0:
             progress(count + 1, total)
     if not frames.ids:
-        raise DataError(f"Split '{split}' has no samples", "Check the folder, or raise the limit")
+        raise _empty(split)
     frames.pixels.resize((len(frames.ids), *frames.pixels.shape[1:]), refcheck=False)
     if progress:
         progress(len(frames.ids), len(frames.ids))
     return frames
+
+
+def materialise_shards(
+    reader: Reader,
+    split: str,
+    limit: int | None,
+    spec: PreprocessSpec,
+    size: int,
+    wanted: Callable[[int], bool],
+) -> Iterator[tuple[int, Frames]]:
+    """Read a split in shards of `size` samples, so that it never lies in memory as a whole.
+
+    Args:
+        wanted: number of a shard -> whether to make it; the samples of the others are drawn only by readers that
+            cannot make any sample by itself.
+
+    Yields:
+        Number of the shard, and its frames.
+
+    Raises:
+        DataError: as `materialise`, a split without samples included.
+    """
+    if isinstance(reader, RandomAccess):
+        total = reader.num_samples(split, limit)
+        if total == 0:
+            raise _empty(split)
+        for shard in filter(wanted, range(-(-total // size))):
+            indices = range(shard * size, min((shard + 1) * size, total))
+            yield shard, materialise(_Part(reader, (reader.sample(split, i) for i in indices)), split, size, spec)
+        return
+    samples = iter(reader.samples(split, limit))
+    for shard in itertools.count():
+        part = itertools.islice(samples, size)
+        first = next(part, None)
+        if first is None:
+            if shard == 0:
+                raise _empty(split)
+            return
+        if wanted(shard):
+            yield shard, materialise(_Part(reader, itertools.chain([first], part)), split, size, spec)
+        else:
+            collections.deque(part, maxlen=0)
+
+
+class _Part:
+    """Some samples of a reader, as a reader."""
+
+    def __init__(self, reader: Reader, samples: Iterator[Sample]) -> None:
+        self.name, self.labels, self.splits, self._samples = reader.name, reader.labels, reader.splits, samples
+
+    def samples(self, split: str, limit: int | None = None) -> Iterator[Sample]:
+        return self._samples
 
 
 def make_questions(frames: Frames, tokenizer: Tokenizer, labels: Labels, *, truncate: bool = False) -> Questions:
@@ -217,6 +271,10 @@ def _row(sample: Sample, labels: Labels, spec: PreprocessSpec) -> Row:
         attributes,
         sample.texts,
     )
+
+
+def _empty(split: str) -> DataError:
+    return DataError(f"Split '{split}' has no samples", "Check the folder, or raise the limit")
 
 
 def _bad(sample: Sample, what: str) -> DataError:

@@ -17,7 +17,7 @@ from edgevlm.recipe import TrainSection
 from edgevlm.tasks import answers as task
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.loop import fit
-from edgevlm.train.regions import AnswerBatch, RegionSplit
+from edgevlm.train.regions import AnswerBatch, RegionSplit, cached_splits
 
 
 class AnswerObjective(nn.Module):
@@ -107,14 +107,14 @@ def predict(model: VLM, split: RegionSplit, num_keep: int | None = None, batch_s
 def evaluate(model: VLM, job: Job, num_keep: int | None = None) -> dict[str, float]:
     """Accuracy on each evaluation split in the region cache, the majority answer's, and per kind on the test split."""
     metrics: dict[str, float] = {}
-    for path in sorted(job.inputs["regions"].glob("*.safetensors")):
-        if path.stem == "train":
+    for name in cached_splits(job.inputs["regions"]):
+        if name == "train":
             continue
-        split = RegionSplit.load(job.inputs["regions"], path.stem)
+        split = RegionSplit.load(job.inputs["regions"], name)
         predicted, truth = predict(model, split, num_keep), split.answers.numpy()
-        metrics[f"accuracy_{path.stem}"] = task.accuracy(predicted, truth)
-        metrics[f"majority_{path.stem}"] = task.majority(truth)
-        if path.stem == "test":
+        metrics[f"accuracy_{name}"] = task.accuracy(predicted, truth)
+        metrics[f"majority_{name}"] = task.majority(truth)
+        if name == "test":
             kinds = task.accuracy_by_kind(predicted, truth, split.kinds)
             metrics |= {f"accuracy_test.{kind}": value for kind, value in kinds.items() if kind}
     return metrics
