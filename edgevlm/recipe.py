@@ -211,6 +211,49 @@ class TrimSection(TrainSection):
         return self
 
 
+class SelfCriticalSection(TrainSection):
+    lr: float = Field(1e-6, gt=0)
+    num_samples: int = Field(5, gt=0)
+    """Captions drawn per image and step; each is compared with the greedy one."""
+
+
+class CaptionSection(TrainSection):
+    """Defaults are the published fine-tuning on COCO captions (20 epochs; MiniVLM authors' configuration)."""
+
+    fusion: Choice
+    batch_size: int = Field(512, gt=0)
+    lr: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    num_caption: int = Field(40, ge=4)
+    """Text tokens for the caption, with [CLS] and [SEP]; longer ones are cut."""
+    num_tags: int = Field(30, ge=0)
+    """Text tokens for the tags behind it; `text.max_tokens` must hold both."""
+    tag_confidence: float = Field(0.2, ge=0, le=1)
+    """Regions of at least this score give their class as a tag."""
+    every_word: bool = False
+    """Learn all words of a caption at once, each from exactly what generation shows (ours), instead of a masked few."""
+    mask_share: float = Field(0.15, gt=0, le=1)
+    max_masked: int = Field(3, gt=0)
+    """Words of a caption that are masked at most."""
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    max_words: int = Field(20, gt=0)
+    """Longest caption that is generated, in word pieces."""
+    num_beams: int = Field(1, gt=0)
+    """1 = greedy."""
+    length_penalty: float = Field(1.0, ge=0)
+    """A beam's score is its log-probability / length ** length_penalty."""
+    no_repeat: int = Field(0, ge=0)
+    """No sequence of so many word pieces twice in a caption; 0 = free."""
+    self_critical: SelfCriticalSection | None = None
+    """CIDEr optimisation afterwards; None = cross-entropy only."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "CaptionSection":
+        if self.max_words >= self.num_caption:
+            raise ValueError("max_words must be smaller than num_caption: [CLS] takes one place")
+        return self
+
+
 class CalibrationSection(Section):
     num_samples: int = Field(64, gt=0)
     min_samples: int = Field(32, gt=0)
@@ -266,6 +309,8 @@ class Recipe(Section):
     distil: DistilSection
     prune: PruneSection
     trim: TrimSection
+    captioning: CaptionSection | None = None
+    """The captioner; None = none is trained."""
     calibration: CalibrationSection = CalibrationSection()  # pyright: ignore[reportCallIssue]
     export: ExportSection = ExportSection()  # pyright: ignore[reportCallIssue]
     verify: VerifySection = VerifySection()  # pyright: ignore[reportCallIssue]
