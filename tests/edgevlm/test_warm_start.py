@@ -18,7 +18,7 @@ from edgevlm.models.vlm import VLM
 from edgevlm.pipeline import run
 from edgevlm.progress import Reporter
 from edgevlm.recipe import load_recipe
-from edgevlm.stages import STAGES, check, flow
+from edgevlm.stages import STAGES, check, stages_of
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.prepare import prepare
 from edgevlm.train.tags import region_classes
