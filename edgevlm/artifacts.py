@@ -147,8 +147,13 @@ class ModelConfig(Frozen):
 
     tee: TEEConfig
     fusion: FusionConfig
-    heads: tuple[Literal["words", "match"], ...] = ()
-    """Further heads beside the answers': words (masked words and captions), match (does the text fit the image)."""
+    heads: tuple[Literal["words", "match", "pair"], ...] = ()
+    """Further heads beside the answers': words (masked words and captions), match (does the text fit the image), pair
+    (answers about two images)."""
+    answer_head: Literal["hidden", "linear"] = "hidden"
+    """One hidden layer, or a linear classifier (MiniVLM's for VQA)."""
+    answer_dropout: float = 0.0
+    """Before the linear classifier, and in the pair head."""
 
 
 class Rung(Frozen):

@@ -69,6 +69,10 @@ class DetectorSection(TrainSection):
 
 class TeacherSection(TrainSection):
     fusion: Choice
+    answer_head: Literal["hidden", "linear"] = "hidden"
+    """One hidden layer, or a linear classifier that starts at probability 0.01 per answer (MiniVLM's for VQA)."""
+    answer_dropout: float = Field(0.0, ge=0, lt=1)
+    """Before the linear classifier; MiniVLM's is 0.3."""
 
 
 class DistilSection(TeacherSection):
@@ -76,6 +80,33 @@ class DistilSection(TeacherSection):
     """loss = (1 - kd_weight) x task + kd_weight x distillation (EfficientVLM, section 3)."""
     hidden_weight: float = Field(0.1, ge=0)
     attention_weight: float = Field(1.0, ge=0)
+
+
+class RetrievalSection(TrainSection):
+    """Matching captions and images; defaults are those of MiniVLM's public COCO configuration."""
+
+    fusion: Choice | None = None
+    """A new fusion; None = go on from the pre-trained or the teacher's."""
+    batch_size: int = Field(128, gt=0)
+    """Captions per step, each with its image and with one random negative: twice as many pairs."""
+    lr: float = Field(2e-5, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    shortlist: int | None = Field(None, gt=0)
+    """Images per caption, and captions per image, that tag overlap hands to the model; None = all pairs are ranked."""
+    fold_images: int = Field(1000, gt=0)
+    """Images per fold of the second protocol (COCO 1K: the average over five folds)."""
+
+
+class PairsSection(TrainSection):
+    """Sentences about two images; defaults are Oscar's for NLVR2 (MiniVLM's are not public)."""
+
+    fusion: Choice | None = None
+    """A new fusion; None = go on from the pre-trained or the teacher's."""
+    batch_size: int = Field(72, gt=0)
+    lr: float = Field(3e-5, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    dropout: float = Field(0.3, ge=0, lt=1)
+    """In the three-layer pair head."""
 
 
 class PruneSection(TrainSection):
@@ -148,7 +179,7 @@ class GateSection(Section):
 
 class Recipe(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    task: Literal["vqa", "reasoning"]
+    task: Literal["vqa", "reasoning", "entailment", "retrieval", "pairs"]
     seed: int = 0
     data: DataSection
     preprocess: PreprocessSpec
@@ -159,6 +190,10 @@ class Recipe(Section):
     detector: DetectorSection
     teacher: TeacherSection
     distil: DistilSection
+    retrieval: RetrievalSection | None = None
+    """Image-text retrieval, where the run has that stage."""
+    pairs: PairsSection | None = None
+    """Sentences about two images (NLVR2), where the run has that stage."""
     prune: PruneSection
     trim: TrimSection
     calibration: CalibrationSection = CalibrationSection()  # pyright: ignore[reportCallIssue]

@@ -60,7 +60,7 @@ def _questions(job: Job, checkpoint: Path, split: str, num_images: int) -> tuple
     manifest = read_manifest(checkpoint, Checkpoint)
     frames = load_frames(job, split, num_images)
     tokenizer = Tokenizer(checkpoint / VOCABULARY, manifest.tokenizer)
-    return frames, make_questions(frames, tokenizer, manifest.labels), manifest
+    return frames, make_questions(frames, tokenizer, manifest.labels).known(), manifest
 
 
 def calibrate(job: Job) -> CalibrationSet:

@@ -1,0 +1,88 @@
+"""Stage `pairs`: answers to sentences about two images (NLVR2), on the cached regions of both."""
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from edgevlm.artifacts import Checkpoint
+from edgevlm.errors import DataError, RecipeError
+from edgevlm.job import Job
+from edgevlm.models.vlm import VLM
+from edgevlm.tasks import answers, pairs
+from edgevlm.train.answering import batch_of, fit_answers, freeze_extractor, save_answering
+from edgevlm.train.regions import AnswerBatch, RegionSplit
+from edgevlm.train.start import starting_model
+
+
+class PairObjective(nn.Module):
+    """Cross-entropy of the pair head; the extractor stays as it is."""
+
+    def __init__(self, model: VLM) -> None:
+        super().__init__()
+        self.model = model
+        freeze_extractor(model)
+
+    def forward(self, batch: AnswerBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_BA = pair_logits(self.model, batch)
+        logs = {"accuracy": answers.batch_accuracy(logits_BA, batch.answers)}
+        return answers.loss(logits_BA, batch.answers), logs
+
+
+def pair_logits(model: VLM, batch: AnswerBatch) -> Tensor:
+    """Answer logits (B, A) for texts about two images.
+
+    Raises:
+        DataError: the batch holds single images.
+    """
+    if batch.second is None:
+        raise DataError("The region cache holds single images, not pairs", "Choose a dataset of pairs, like nlvr2")
+    return model.answer_pair(batch.regions, batch.second, batch.input_ids)
+
+
+@torch.no_grad()
+def predict_pairs(model: VLM, split: RegionSplit, batch_size: int = 256) -> np.ndarray:
+    """Index of the answer to every sentence of the split, (Q,)."""
+    model.eval()
+    device = next(model.fusion.parameters()).device
+    predicted = []
+    for rows in torch.arange(len(split.answers)).split(batch_size):
+        batch = send_to_device(batch_of(model, split, rows), device)
+        predicted.append(pair_logits(model, batch).argmax(1).cpu())  # pyright: ignore[reportArgumentType]
+    return torch.cat(predicted).numpy()
+
+
+def evaluate_pairs(model: VLM, job: Job) -> dict[str, float]:
+    """Accuracy, the majority answer's, and consistency on each evaluation split in the region cache."""
+    metrics: dict[str, float] = {}
+    for path in sorted(job.inputs["regions"].glob("*.safetensors")):
+        if path.stem == "train":
+            continue
+        split = RegionSplit.load(job.inputs["regions"], path.stem)
+        truth = split.answers.numpy()
+        right_Q = predict_pairs(model, split) == truth
+        metrics[f"accuracy_{path.stem}"] = float(right_Q.mean())
+        metrics[f"majority_{path.stem}"] = answers.majority(truth)
+        if split.group_index is not None:  # always, where there are pairs
+            metrics[f"consistency_{path.stem}"] = pairs.consistency(right_Q, split.group_index.numpy())
+    return metrics
+
+
+def train_pairs(job: Job) -> Checkpoint:
+    """Fine-tune the fusion and a three-layer pair head.
+
+    Raises:
+        RecipeError: the recipe has no section `pairs`.
+        DataError: the data are no pairs.
+    """
+    recipe, section = job.recipe, job.recipe.pairs
+    if section is None:
+        raise RecipeError(f"Recipe {recipe.name} has no section 'pairs'", "Add one, or start from minivlm-nlvr2")
+    torch.manual_seed(recipe.seed + 6)
+    model, manifest = starting_model(job, section.fusion, ("pair",), answer_dropout=section.dropout)
+    fit_answers(PairObjective(model), model, job, section, what="pairs", seed=recipe.seed + 6)
+    metrics = evaluate_pairs(model, job)
+    splits = [name.removeprefix("accuracy_") for name in metrics if name.startswith("accuracy_")]
+    shown = [f"{split} {metrics[f'accuracy_{split}']:.3f} / {metrics[f'consistency_{split}']:.3f}" for split in splits]
+    job.reporter.say(f"  pairs: accuracy / consistency {', '.join(shown)}")
+    return save_answering(job, model, manifest, metrics)
