@@ -89,7 +89,7 @@ class RandomAccess(Protocol):
     def num_samples(self, split: str, limit: int | None) -> int: ...
 
 
-Row = tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[Text, ...]]
+Row = tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[Text, ...], np.ndarray | None]
 
 
 def materialise(
@@ -124,7 +124,8 @@ def materialise(
     else:
         rows = _rows(reader, split, limit, spec)
     frames = Frames([], np.empty((total or 1024, spec.height, spec.width, 3), np.uint8), [], [], [], [])
-    for sample_id, pixels_HWC, boxes, classes, attributes, texts in rows:
+    second: list[np.ndarray] = []
+    for sample_id, pixels_HWC, boxes, classes, attributes, texts, second_HWC in rows:
         count = len(frames.ids)
         if count == len(frames.pixels):
             # In place: a stack of separate images would hold the split twice.
@@ -135,11 +136,19 @@ def materialise(
         frames.classes.append(classes)
         frames.attributes.append(attributes)
         frames.texts.append(texts)
+        if second_HWC is not None:
+            second.append(second_HWC)
+        if second and len(second) != len(frames.ids):
+            raise DataError(
+                f"Sample {sample_id} of split '{split}': some samples have a second image and some have not",
+                "Keep pairs and single images in datasets of their own",
+            )
         if progress and (count + 1) % CHUNK == 0:
             progress(count + 1, total)
     if not frames.ids:
         raise DataError(f"Split '{split}' has no samples", "Check the folder, or raise the limit")
     frames.pixels.resize((len(frames.ids), *frames.pixels.shape[1:]), refcheck=False)
+    frames.second = np.stack(second) if second else None
     if progress:
         progress(len(frames.ids), len(frames.ids))
     return frames
@@ -236,6 +245,7 @@ def _row(sample: Sample, labels: Labels, spec: PreprocessSpec) -> Row:
         sample.classes.astype(np.int64),
         attributes,
         sample.texts,
+        None if sample.second is None else preprocess(sample.second, spec),
     )
 
 
