@@ -22,6 +22,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+data_app = typer.Typer(help="Look at datasets before training on them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
@@ -182,6 +184,27 @@ def doctor(as_json: Json = False) -> None:
         print(json.dumps(examine.as_dict(findings)))
     else:
         examine.render(findings, console)
+
+
+@data_app.command("check")
+def check_data(
+    dataset: Annotated[str, typer.Argument(help="A recipe, or a folder or .jsonl file (or URL) of your own data.")],
+    data: Data = None,
+    split: Annotated[list[str] | None, typer.Option(help="Repeat for several; default: all.")] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Read every record without training; say what is wrong, with file and line; exits 1 if anything is."""
+    from edgevlm.data import check as checking
+    from edgevlm.progress import ConsoleReporter
+
+    report = checking.check(dataset, data, split, overrides, ConsoleReporter())
+    if as_json:
+        print(json.dumps(checking.as_dict(report)))
+    else:
+        checking.render(report, console)
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 @app.command()

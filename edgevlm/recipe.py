@@ -32,6 +32,10 @@ class DataSection(Section):
     num_test: int | None = Field(None, gt=0)
     texts_per_image: int = Field(8, gt=0)
     """Questions or sentences per image, where the dataset can draw any number."""
+    answers: str | None = None
+    """File with the closed list of answers (JSON list, or one per line); None = the frequent training answers."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """A malformed record stops the run, or is left out and counted."""
 
 
 class TextSection(Section):

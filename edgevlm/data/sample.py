@@ -48,9 +48,13 @@ class Reader(Protocol):
     """One dataset, opened for one task."""
 
     name: str
-    labels: Labels
     splits: tuple[str, ...]
     """`train`, `val` and `test`, and others that are only evaluated."""
+
+    @property
+    def labels(self) -> Labels:
+        """The closed lists; a large dataset may count its answers on the first use."""
+        ...
 
     def samples(self, split: str, limit: int | None = None) -> Iterator[Sample]:
         """The first `limit` samples of a split, always in the same order."""
