@@ -115,6 +115,9 @@ class TEEConfig(Frozen):
     """Width of both box-head layers, and of the region feature."""
     score_threshold: float = 0.2
     """Regions scoring below are masked out of the fusion."""
+    grid: tuple[int, ...] = ()
+    """Fixed boxes instead of detected ones: (1, 2, 4) = the whole image, 2 x 2 and 4 x 4 cells. For images unlike any that
+    the extractor was trained to find objects in; `num_regions` must be their number."""
 
 
 class FusionConfig(Frozen):

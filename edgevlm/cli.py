@@ -60,11 +60,11 @@ def run(
     loaded = load_recipe(recipe, overrides)  # a typo is found before torch is even loaded
     from edgevlm.pipeline import run as run_stages
     from edgevlm.progress import ConsoleReporter
-    from edgevlm.stages import STAGES, check, show_scorecard
+    from edgevlm.stages import check, show_scorecard, stages_of
 
     check(loaded, data)
     folder = out or Path("runs") / loaded.name
-    folders = run_stages(STAGES, loaded, folder, data_path=data, until=until, reporter=ConsoleReporter())
+    folders = run_stages(stages_of(loaded), loaded, folder, data_path=data, until=until, reporter=ConsoleReporter())
     if "scorecard" in folders:
         show_scorecard(folders["scorecard"], folders["export"], console)
 

@@ -86,26 +86,33 @@ class DistilSection(TeacherSection):
     attention_weight: float = Field(1.0, ge=0)
 
 
-class RetrievalSection(TrainSection):
-    """Matching captions and images; defaults are those of MiniVLM's public COCO configuration."""
+class FineTuneSection(TrainSection):
+    """What the fine-tuned tasks share."""
 
     fusion: Choice | None = None
-    """A new fusion; None = go on from the pre-trained or the teacher's."""
+    """A new, untrained fusion; None = go on from the stage `pretrain` where the run has one, else from `start`."""
+    start: str | None = None
+    """Folder of a checkpoint of this run's vocabulary and extractor whose fusion is taken over."""
+
+
+class RetrievalSection(FineTuneSection):
+    """Matching captions and images; defaults are those of MiniVLM's public COCO configuration."""
+
     batch_size: int = Field(128, gt=0)
     """Captions per step, each with its image and with one random negative: twice as many pairs."""
     lr: float = Field(2e-5, gt=0)
     weight_decay: float = Field(0.05, ge=0)
+    hard_negatives: float = Field(0.0, ge=0, le=1)
+    """Share of the negatives drawn among the 32 images with the most similar tags (ours; MiniVLM's are all random)."""
     shortlist: int | None = Field(None, gt=0)
     """Images per caption, and captions per image, that tag overlap hands to the model; None = all pairs are ranked."""
     fold_images: int = Field(1000, gt=0)
     """Images per fold of the second protocol (COCO 1K: the average over five folds)."""
 
 
-class PairsSection(TrainSection):
+class PairsSection(FineTuneSection):
     """Sentences about two images; defaults are Oscar's for NLVR2 (MiniVLM's are not public)."""
 
-    fusion: Choice | None = None
-    """A new fusion; None = go on from the pre-trained or the teacher's."""
     batch_size: int = Field(72, gt=0)
     lr: float = Field(3e-5, gt=0)
     weight_decay: float = Field(0.05, ge=0)
@@ -183,7 +190,7 @@ class GateSection(Section):
 
 class Recipe(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    task: Literal["vqa", "reasoning", "entailment", "retrieval", "pairs"]
+    task: Literal["vqa", "reasoning", "entailment", "retrieval"]
     seed: int = 0
     data: DataSection
     preprocess: PreprocessSpec
@@ -191,6 +198,9 @@ class Recipe(Section):
     referred_weight: float = Field(1.0, ge=0)
     """Weight of the auxiliary loss 'which regions does the text refer to', where the data say so."""
     tee: Choice
+    extractor: str | None = None
+    """Folder of a trained detector (a checkpoint) whose extractor is taken as it is, with its classes and attributes;
+    None = the stage `detector` trains one on this data's boxes. `tee` must name its shape."""
     detector: DetectorSection
     teacher: TeacherSection
     distil: DistilSection

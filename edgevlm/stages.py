@@ -45,8 +45,11 @@ from edgevlm.report.scorecard import join
 from edgevlm.report.terminal import print_scorecard
 from edgevlm.train.answering import train_teacher
 from edgevlm.train.detector import load_frames, train_detector
+from edgevlm.train.pairs import train_pairs
 from edgevlm.train.prepare import prepare
 from edgevlm.train.regions import cache_regions
+from edgevlm.train.retrieval import train_retrieval
+from edgevlm.train.transfer import adopt_extractor
 from targets.base import check_target, load_exporter
 
 CALIBRATION_POOL = 500
@@ -61,6 +64,11 @@ def _questions(job: Job, checkpoint: Path, split: str, num_images: int) -> tuple
     frames = load_frames(job, split, num_images)
     tokenizer = Tokenizer(checkpoint / VOCABULARY, manifest.tokenizer)
     return frames, make_questions(frames, tokenizer, manifest.labels).known(), manifest
+
+
+def detector(job: Job) -> Checkpoint:
+    """Train the extractor, or take the one that the recipe names."""
+    return train_detector(job) if job.recipe.extractor is None else adopt_extractor(job)
 
 
 def calibrate(job: Job) -> CalibrationSet:
@@ -197,7 +205,7 @@ def check(recipe: Recipe, data_path: str | None) -> None:
 _MODEL = ("prepare", "regions")
 STAGES: tuple[Stage, ...] = (
     Stage("prepare", prepare, (), ("data", "task", "preprocess", "text")),
-    Stage("detector", train_detector, ("prepare",), ("data", "task", "preprocess", "tee", "detector")),
+    Stage("detector", detector, ("prepare",), ("data", "task", "preprocess", "tee", "extractor", "detector")),
     Stage("regions", cache_regions, ("detector",), ("data", "task", "preprocess")),
     Stage("teacher", train_teacher, ("detector", *_MODEL), ("task", "teacher", "referred_weight")),
     Stage("distil", distil, ("detector", "teacher", *_MODEL), ("task", "distil", "referred_weight")),
@@ -210,6 +218,20 @@ STAGES: tuple[Stage, ...] = (
     Stage("scorecard", score, (*_MODEL, "detector", *TRAINED, "calibrate", "export", "verify", "bench"), ("gates",)),
 )
 """The flow: each stage reads only artifacts of stages above it."""
+
+FINE_TUNING: dict[str, Stage] = {
+    "retrieval": Stage("retrieval", train_retrieval, ("detector", *_MODEL), ("data", "task", "retrieval")),
+    "pairs": Stage("pairs", train_pairs, ("detector", *_MODEL), ("task", "pairs")),
+}
+"""Section of the recipe -> the stage that ends the flow in its place: such models are not exported."""
+
+
+def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages a recipe goes through: fine-tuning on retrieval or pairs follows the cached regions."""
+    ends = [stage for section, stage in FINE_TUNING.items() if getattr(recipe, section) is not None]
+    if not ends:
+        return STAGES
+    return (*STAGES[: 1 + [stage.name for stage in STAGES].index("regions")], *ends)
 
 
 def show_scorecard(folder: Path, bundle: Path, console: Console) -> None:

@@ -10,9 +10,7 @@ import numpy as np
 
 from edgevlm.tasks.answers import mean_by
 
-ANSWERS = ("entailment", "neutral", "contradiction")
-
 
 def per_class_accuracy(predicted_Q: np.ndarray, answers_Q: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     """Share of right predictions among the questions of each right answer, 0..1."""
-    return mean_by(predicted_Q == answers_Q, [names[answer] for answer in answers_Q.tolist()])
+    return mean_by(predicted_Q == answers_Q, [names[int(answer)] for answer in answers_Q])

@@ -38,15 +38,19 @@ def match_loss(logits_B2: Tensor, fits_B: Tensor) -> Tensor:
     return F.cross_entropy(logits_B2, fits_B.long())
 
 
-def draw_negatives(image_C: Tensor, rows_B: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def draw_negatives(
+    image_C: Tensor, rows_B: Tensor, seed: int, near_IK: Tensor | None = None, hard: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """One random pair that does not fit for each caption of the batch: another image, or another image's caption.
 
     The choice is a function of the rows and the seed alone, so that a resumed training goes on with the same pairs.
 
     Args:
-        image_C: image of each caption of the split.
+        image_C: image of each caption of the split, rising.
         rows_B: captions of the batch.
         seed: another seed draws others.
+        near_IK: images that resemble each image (`near_images`).
+        hard: share of the negatives drawn among them.
 
     Returns:
         Captions and images of the negative pairs, (B,) each.
@@ -54,15 +58,22 @@ def draw_negatives(image_C: Tensor, rows_B: Tensor, seed: int) -> tuple[Tensor, 
     weights = torch.arange(1, len(rows_B) + 1)
     mixed = int(((rows_B + 1) * weights).sum()) * 1_000_003 + seed
     generator = torch.Generator().manual_seed(mixed % 2**63)
+    own_B = image_C[rows_B]
     others_B = torch.randint(len(image_C), rows_B.shape, generator=generator)
-    for _ in range(100):  # with two images or more, the chance to need more is below one in 2**100
-        same_B = image_C[others_B] == image_C[rows_B]
+    for _ in range(100):  # with two images or more, the chance to need more is next to none
+        same_B = image_C[others_B] == own_B
         if not same_B.any():
             break
         others_B = torch.where(same_B, torch.randint(len(image_C), rows_B.shape, generator=generator), others_B)
+    if near_IK is not None and hard > 0:
+        chosen_B = near_IK[own_B, torch.randint(near_IK.shape[1], rows_B.shape, generator=generator)]
+        first_B, end_B = torch.searchsorted(image_C, chosen_B), torch.searchsorted(image_C, chosen_B, right=True)
+        place_B = (torch.rand(rows_B.shape, generator=generator) * (end_B - first_B)).long()
+        is_hard_B = (torch.rand(rows_B.shape, generator=generator) < hard) & (end_B > first_B) & (chosen_B != own_B)
+        others_B = torch.where(is_hard_B, first_B + place_B, others_B)
     swap_caption_B = torch.rand(rows_B.shape, generator=generator) < 0.5
     captions_B = torch.where(swap_caption_B, others_B, rows_B)
-    images_B = torch.where(swap_caption_B, image_C[rows_B], image_C[others_B])
+    images_B = torch.where(swap_caption_B, own_B, image_C[others_B])
     return captions_B, images_B
 
 
@@ -142,35 +153,49 @@ def tag_words(model: VLM, regions: Regions, classes: Sequence[str], attributes: 
     """
     head = model.tee.box_head
     seen_BNC = head.classes(regions.features_BND)[..., :-1].argmax(-1)
-    likely_BNA = head.attributes(regions.features_BND).sigmoid() >= TAG_SCORE
+    # An attribute head of its own reads more than the cached features: then the classes are all there is.
+    scored_BNA = head.attributes(regions.features_BND).sigmoid() if head.attributes is not None else seen_BNC[..., :0]
+    likely_BNA = scored_BNA >= TAG_SCORE
     images = []
     for valid_N, seen_N, likely_NA in zip(model.valid(regions) > 0, seen_BNC, likely_BNA, strict=True):
-        names = [classes[index] for index in seen_N[valid_N].tolist()]
-        names += [attributes[index] for row in likely_NA[valid_N] for index in row.nonzero().flatten().tolist()]
+        names = [classes[int(index)] for index in seen_N[valid_N]]
+        names += [attributes[int(index)] for row in likely_NA[valid_N] for index in row.nonzero().flatten()]
         images.append([word for name in names for word in name.split()])
     return images
 
 
-def tag_scores(captions: Sequence[Iterable[str]], images: Sequence[Iterable[str]]) -> np.ndarray:
-    """Cosine between the words of captions and the tags of images, (C, I): the baseline, and the cheap shortlist score.
+class TagIndex:
+    """Images by their tags: counts of each word, weighted by its inverse document frequency, at unit length."""
 
-    Counts of the words that occur as tags, each weighted by its inverse document frequency over the images.
-    """
-    words = {word: column for column, word in enumerate(sorted({word for tags in images for word in tags}))}
+    def __init__(self, images: Sequence[Iterable[str]]) -> None:
+        self._words = {word: column for column, word in enumerate(sorted({word for tags in images for word in tags}))}
+        counts_IW = self._count(images)
+        self._weights_W = np.log((1 + len(images)) / (1 + (counts_IW > 0).sum(0))).astype(np.float32)
+        self.images_IW = _unit(counts_IW * self._weights_W)
 
-    def count(texts: Sequence[Iterable[str]]) -> np.ndarray:
-        table = np.zeros((len(texts), len(words)))
+    def scores(self, texts: Sequence[Iterable[str]]) -> np.ndarray:
+        """Cosine between the words of each text and the tags of each image, (C, I): the baseline, and the cheap score."""
+        return _unit(self._count(texts) * self._weights_W) @ self.images_IW.T
+
+    def near_images(self, num_near: int, chunk: int = 2048) -> np.ndarray:
+        """The images whose tags resemble each image's most, without itself, (I, K) int64."""
+        rows, num_near = [], min(num_near, len(self.images_IW) - 1)
+        for start in range(0, len(self.images_IW), chunk):
+            scores = self.images_IW[start : start + chunk] @ self.images_IW.T
+            scores[np.arange(len(scores)), start + np.arange(len(scores))] = -np.inf
+            rows.append(np.argpartition(-scores, num_near - 1, axis=1)[:, :num_near])
+        return np.concatenate(rows)
+
+    def _count(self, texts: Sequence[Iterable[str]]) -> np.ndarray:
+        table = np.zeros((len(texts), len(self._words)), np.float32)
         for row, text in enumerate(texts):
             for word in text:
                 # A plural names the same thing: "circles" asks for the tag "circle".
-                column = words.get(word, words.get(word.removesuffix("s")))
+                column = self._words.get(word, self._words.get(word.removesuffix("s")))
                 if column is not None:
                     table[row, column] += 1
         return table
 
-    tags_IW, said_CW = count(images), count(captions)
-    weight_W = np.log((1 + len(images)) / (1 + (tags_IW > 0).sum(0)))
-    tags_IW, said_CW = tags_IW * weight_W, said_CW * weight_W
-    tags_IW /= np.linalg.norm(tags_IW, axis=1, keepdims=True).clip(1e-12)
-    said_CW /= np.linalg.norm(said_CW, axis=1, keepdims=True).clip(1e-12)
-    return said_CW @ tags_IW.T
+
+def _unit(rows_XW: np.ndarray) -> np.ndarray:
+    return rows_XW / np.linalg.norm(rows_XW, axis=1, keepdims=True).clip(1e-12)

@@ -147,10 +147,10 @@ def question_prior(
         num_words: longest beginning that is looked up, in words; None = the whole question.
     """
     votes: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
-    for question, answer in train:
+    for question, given in train:
         words = _words(question)[:num_words]
         for length in range(len(words) + 1):
-            votes[words[:length]][answer] += 1
+            votes[words[:length]][given] += 1
     best = {beginning: counts.most_common(1)[0][0] for beginning, counts in votes.items()}
 
     def answer(question: str) -> str:

@@ -53,7 +53,7 @@ def predict_pairs(model: VLM, split: RegionSplit, batch_size: int = 256) -> np.n
 
 
 def evaluate_pairs(model: VLM, job: Job) -> dict[str, float]:
-    """Accuracy, the majority answer's, and consistency on each evaluation split in the region cache."""
+    """Accuracy, the majority answer's, and consistency on each evaluation split in the region cache, and per subset."""
     metrics: dict[str, float] = {}
     for path in sorted(job.inputs["regions"].glob("*.safetensors")):
         if path.stem == "train":
@@ -64,7 +64,12 @@ def evaluate_pairs(model: VLM, job: Job) -> dict[str, float]:
         metrics[f"accuracy_{path.stem}"] = float(right_Q.mean())
         metrics[f"majority_{path.stem}"] = answers.majority(truth)
         if split.group_index is not None:  # always, where there are pairs
-            metrics[f"consistency_{path.stem}"] = pairs.consistency(right_Q, split.group_index.numpy())
+            groups_Q = split.group_index.numpy()
+            metrics[f"consistency_{path.stem}"] = pairs.consistency(right_Q, groups_Q)
+            for kind in sorted(set(split.kinds) - {""}):
+                rows = np.array(split.kinds) == kind
+                metrics[f"accuracy_{path.stem}.{kind}"] = float(right_Q[rows].mean())
+                metrics[f"consistency_{path.stem}.{kind}"] = pairs.consistency(right_Q[rows], groups_Q[rows])
     return metrics
 
 
@@ -79,10 +84,10 @@ def train_pairs(job: Job) -> Checkpoint:
     if section is None:
         raise RecipeError(f"Recipe {recipe.name} has no section 'pairs'", "Add one, or start from minivlm-nlvr2")
     torch.manual_seed(recipe.seed + 6)
-    model, manifest = starting_model(job, section.fusion, ("pair",), answer_dropout=section.dropout)
+    model, manifest = starting_model(job, section, ("pair",), answer_dropout=section.dropout)
     fit_answers(PairObjective(model), model, job, section, what="pairs", seed=recipe.seed + 6)
     metrics = evaluate_pairs(model, job)
-    splits = [name.removeprefix("accuracy_") for name in metrics if name.startswith("accuracy_")]
+    splits = [name.removeprefix("accuracy_") for name in metrics if name.startswith("accuracy_") and "." not in name]
     shown = [f"{split} {metrics[f'accuracy_{split}']:.3f} / {metrics[f'consistency_{split}']:.3f}" for split in splits]
     job.reporter.say(f"  pairs: accuracy / consistency {', '.join(shown)}")
     return save_answering(job, model, manifest, metrics)

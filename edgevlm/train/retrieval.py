@@ -23,6 +23,9 @@ from edgevlm.train.loop import Batch, fit
 from edgevlm.train.regions import RegionSplit
 from edgevlm.train.start import starting_model
 
+NUM_NEAR = 32
+"""Images among which a hard negative is drawn."""
+
 
 @dataclass(frozen=True)
 class Captions:
@@ -114,6 +117,16 @@ def score_pairs(
     return scores_CI
 
 
+def tag_index(model: VLM, split: RegionSplit, labels: Labels, chunk: int = 4096) -> task.TagIndex:
+    """The images of a split by what the detector sees in them."""
+    words: list[list[str]] = []
+    model.cpu()
+    for images in torch.arange(len(split.scores)).split(chunk):
+        regions = split.regions_of(images, model.config.tee.score_threshold)
+        words += task.tag_words(model, regions, labels.classes, labels.attributes)
+    return task.TagIndex(words)
+
+
 def evaluate_retrieval(
     model: VLM, split: RegionSplit, captions: Captions, labels: Labels, section: RetrievalSection
 ) -> dict[str, float]:
@@ -123,8 +136,7 @@ def evaluate_retrieval(
     `tags.*` for the baseline; `passes_per_caption` is the share of the cost that a shortlist saves.
     """
     image_C, num_images = captions.image_index.numpy(), len(split.scores)
-    regions = Regions(split.features, split.boxes, split.scores)
-    tags_CI = task.tag_scores(captions.words, task.tag_words(model.cpu(), regions, labels.classes, labels.attributes))
+    tags_CI = tag_index(model, split, labels).scores(captions.words)
     by_caption = by_image = np.ones(tags_CI.shape, bool)
     if section.shortlist is not None:
         by_caption = task.shortlist(tags_CI, section.shortlist, axis=1)
@@ -146,6 +158,7 @@ def train_retrieval(job: Job) -> Checkpoint:
 
     Raises:
         RecipeError: the recipe has no section `retrieval`.
+        DataError: no captions, or a single image.
     """
     recipe, section = job.recipe, job.recipe.retrieval
     if section is None:
@@ -153,12 +166,18 @@ def train_retrieval(job: Job) -> Checkpoint:
             f"Recipe {recipe.name} has no section 'retrieval'", "Add one, or start from minivlm-retrieval"
         )
     torch.manual_seed(recipe.seed + 5)
-    model, manifest = starting_model(job, section.fusion, ("match",))
+    model, manifest = starting_model(job, section, ("match",))
     split = RegionSplit.load(job.inputs["regions"], "train")
-    captions = load_captions(job, "train", len(split.scores))
+    if len(split.scores) < 2:
+        raise DataError("Matching needs two images or more to train on", "Raise data.num_train")
+    captions, near_IK = load_captions(job, "train", len(split.scores)), None
+    if section.hard_negatives:
+        near_IK = torch.from_numpy(tag_index(model, split, manifest.labels).near_images(NUM_NEAR))
 
     def make_batch(rows: Tensor) -> Batch:
-        wrong_captions, wrong_images = task.draw_negatives(captions.image_index, rows, recipe.seed)
+        wrong_captions, wrong_images = task.draw_negatives(
+            captions.image_index, rows, recipe.seed, near_IK, section.hard_negatives
+        )
         caption_B = torch.cat([rows, wrong_captions])
         image_B = torch.cat([captions.image_index[rows], wrong_images])
         fits_B = torch.cat([torch.ones_like(rows), torch.zeros_like(rows)])

@@ -8,10 +8,11 @@ import torch
 
 import edgevlm.data
 from edgevlm.artifacts import Labels
+from edgevlm.data.entailment import ANSWERS
 from edgevlm.data.sample import Sample, Text
 from edgevlm.models import vlm
 from edgevlm.tasks import vqa
-from edgevlm.tasks.entailment import ANSWERS, per_class_accuracy
+from edgevlm.tasks.entailment import per_class_accuracy
 from edgevlm.train.answering import batch_of, predict, train_teacher
 from edgevlm.train.regions import RegionSplit
 from tests.edgevlm.runs import Made, cached_job, made_sample

@@ -46,10 +46,10 @@ def slow_recalls(scores_CI: np.ndarray, image_C: np.ndarray, k: int) -> tuple[fl
     num_captions, num_images = scores_CI.shape
     text_hits = image_hits = 0
     for image in range(num_images):
-        ranked = sorted(range(num_captions), key=lambda c: (-scores_CI[c, image], image_C[c] == image))  # noqa: B023
+        ranked = sorted(range(num_captions), key=lambda c: (-scores_CI[c, image], image_C[c] == image))
         text_hits += any(image_C[caption] == image for caption in ranked[:k])
     for caption in range(num_captions):
-        ranked = sorted(range(num_images), key=lambda i: (-scores_CI[caption, i], i == image_C[caption]))  # noqa: B023
+        ranked = sorted(range(num_images), key=lambda i: (-scores_CI[caption, i], i == image_C[caption]))
         image_hits += image_C[caption] in ranked[:k]
     return text_hits / num_images, image_hits / num_captions
 
@@ -131,8 +131,8 @@ def test_negatives_change_captions_and_images_alike() -> None:
 def test_tags_find_the_image_that_has_them() -> None:
     images = [["star", "red"], ["star", "blue"], ["circle", "red", "circle", "large"]]
     captions = [["a", "blue", "star"], ["large", "circles"], ["a", "red", "star"]]
-    assert task.tag_scores(captions, images).argmax(1).tolist() == [1, 2, 0]
-    assert task.tag_scores([["nothing", "known"]], images).tolist() == [[0.0, 0.0, 0.0]]
+    assert task.TagIndex(images).scores(captions).argmax(1).tolist() == [1, 2, 0]
+    assert task.TagIndex(images).scores([["nothing", "known"]]).tolist() == [[0.0, 0.0, 0.0]]
 
 
 def test_tag_words_name_the_regions_that_count() -> None:

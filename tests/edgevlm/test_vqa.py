@@ -66,7 +66,9 @@ def test_score_table_is_the_formula_for_every_answer(said: list[list[str]], seed
         assert targets[row].tolist() == pytest.approx([min(1.0, 0.3 * count) for count in counts], abs=1e-6)
         assert scores[row] == pytest.approx(by_subsets(known[predicted[row]], ten), abs=1e-6)
     constants = [np.mean([by_subsets(name, ten) for ten in said]) for name in known]
-    assert vqa.best_constant(table.answer_ids_QK, table.official_QK) == pytest.approx(max(constants), abs=1e-6)  # float32 tables
+    assert vqa.best_constant(table.answer_ids_QK, table.official_QK) == pytest.approx(
+        max(constants), abs=1e-6
+    )  # float32 tables
 
 
 def test_soft_loss_is_cross_entropy_of_each_answer_per_positive() -> None:
