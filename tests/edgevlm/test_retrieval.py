@@ -27,6 +27,7 @@ from edgevlm.train.retrieval import (
     score_pairs,
     train_retrieval,
 )
+from edgevlm.train.start import starting_model
 from tests.edgevlm.runs import cached_job, detector_job
 from tests.edgevlm.tiny import LABELS, SPEC, TOKENIZER, tiny_ids, tiny_regions, tiny_vlm
 
@@ -256,3 +257,41 @@ def test_without_its_section_the_stage_says_so(tmp_path: Path) -> None:
 def test_without_a_fusion_the_stage_says_so(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no fusion to start from"):
         train_retrieval(detector_job(tmp_path, "retrieval={steps: 3}"))
+
+
+def test_hard_negatives_come_from_the_near_images() -> None:
+    image_C, near_IK = torch.arange(50).repeat_interleave(5), (torch.arange(50)[:, None] + torch.tensor([1, 2])) % 50
+    rows = torch.arange(250)
+    captions, images = task.draw_negatives(image_C, rows, 0, near_IK, hard=1.0)
+    apart = (torch.where(captions == rows, images, image_C[captions]) - image_C[rows]) % 50
+    assert set(apart.tolist()) == {1, 2}
+    assert len(set((captions[captions != rows] % 5).tolist())) == 5  # any of the image's captions
+    half = task.draw_negatives(image_C, rows, 0, near_IK, hard=0.5)
+    apart = (torch.where(half[0] == rows, half[1], image_C[half[0]]) - image_C[rows]) % 50
+    assert 90 < int(((apart == 1) | (apart == 2)).sum()) < 170  # 125 + 2 in 49 of the others; sigma 8
+
+
+@given(
+    images=st.lists(st.lists(st.sampled_from(["red", "blue", "star", "box", "large"]), max_size=5), min_size=2, max_size=9)
+)
+@settings(max_examples=50, deadline=None)
+def test_near_images_are_those_with_the_most_similar_tags(images: list[list[str]]) -> None:
+    index = task.TagIndex(images)
+    scores, near = index.scores(images), index.near_images(2, chunk=3)
+    for row, chosen in enumerate(near):
+        others = [i for i in range(len(images)) if i != row]
+        assert row not in chosen and len(set(chosen.tolist())) == min(2, len(others))
+        expected = sorted((scores[row, i] for i in others), reverse=True)[: len(chosen)]
+        assert sorted(scores[row, chosen], reverse=True) == pytest.approx(expected, abs=1e-6)
+
+
+def test_fine_tuning_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """The fusion and the matching head are those of the start; the extractor is the run's."""
+    first = cached_job(tmp_path, "retrieval={steps: 2, batch_size: 4, fusion: {name: test-fusion}}", stage="first")
+    train_retrieval(first)
+    section = RetrievalSection(steps=1, start=str(first.out_dir))  # pyright: ignore[reportCallIssue]
+    model, _ = starting_model(first, section, ("match",))
+    source = vlm.load(first.out_dir)[0].state_dict()
+    for name, value in model.state_dict().items():
+        if name.startswith(("fusion.", "match_head.", "tee.")):
+            assert torch.equal(value, source[name]), name
