@@ -171,6 +171,10 @@ class TeacherSection(TrainSection):
     start: str | None = None
     """Where the fusion starts: a checkpoint folder, a Hugging Face text model's folder, or its name on the hub. None =
     from the stage `pretrain` where the recipe has one (the teacher), else untrained."""
+    answer_head: Literal["hidden", "linear"] = "hidden"
+    """One hidden layer, or a linear classifier that starts at probability 0.01 per answer (MiniVLM's for VQA)."""
+    answer_dropout: float = Field(0.0, ge=0, lt=1)
+    """Before the linear classifier; MiniVLM's is 0.3."""
 
 
 class DistilSection(TeacherSection):
@@ -178,6 +182,40 @@ class DistilSection(TeacherSection):
     """loss = (1 - kd_weight) x task + kd_weight x distillation (EfficientVLM, section 3)."""
     hidden_weight: float = Field(0.1, ge=0)
     attention_weight: float = Field(1.0, ge=0)
+
+
+class FineTuneSection(TrainSection):
+    """What the fine-tuned tasks share."""
+
+    fusion: Choice | None = None
+    """A new, untrained fusion; None = go on from the stage `pretrain` where the run has one, else from `start`."""
+    start: str | None = None
+    """Folder of a checkpoint of this run's vocabulary and extractor whose fusion is taken over."""
+
+
+class RetrievalSection(FineTuneSection):
+    """Matching captions and images; defaults are those of MiniVLM's public COCO configuration."""
+
+    batch_size: int = Field(128, gt=0)
+    """Captions per step, each with its image and with one random negative: twice as many pairs."""
+    lr: float = Field(2e-5, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    hard_negatives: float = Field(0.0, ge=0, le=1)
+    """Share of the negatives drawn among the 32 images with the most similar tags (ours; MiniVLM's are all random)."""
+    shortlist: int | None = Field(None, gt=0)
+    """Images per caption, and captions per image, that tag overlap hands to the model; None = all pairs are ranked."""
+    fold_images: int = Field(1000, gt=0)
+    """Images per fold of the second protocol (COCO 1K: the average over five folds)."""
+
+
+class PairsSection(FineTuneSection):
+    """Sentences about two images; defaults are Oscar's for NLVR2 (MiniVLM's are not public)."""
+
+    batch_size: int = Field(72, gt=0)
+    lr: float = Field(3e-5, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    dropout: float = Field(0.3, ge=0, lt=1)
+    """In the three-layer pair head."""
 
 
 class PruneSection(TrainSection):
@@ -293,7 +331,7 @@ class GateSection(Section):
 
 class Recipe(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    task: Literal["vqa", "reasoning", "detection"]
+    task: Literal["vqa", "reasoning", "entailment", "retrieval", "captioning", "detection"]
     seed: int = 0
     data: DataSection
     preprocess: PreprocessSpec
@@ -301,12 +339,19 @@ class Recipe(Section):
     referred_weight: float = Field(1.0, ge=0)
     """Weight of the auxiliary loss 'which regions does the text refer to', where the data say so."""
     tee: Choice
+    extractor: str | None = None
+    """Folder of a trained detector (a checkpoint) whose extractor is taken as it is, with its classes and attributes;
+    None = the stage `detector` trains one on this data's boxes. `tee` must name its shape."""
     detector: DetectorSection
     regions: RegionsSection = RegionsSection()  # pyright: ignore[reportCallIssue]
     pretrain: PretrainSection | None = None
     """Learn from captions and tags before any task; None = no such stage."""
     teacher: TeacherSection
     distil: DistilSection
+    retrieval: RetrievalSection | None = None
+    """Image-text retrieval, where the run has that stage."""
+    pairs: PairsSection | None = None
+    """Sentences about two images (NLVR2), where the run has that stage."""
     prune: PruneSection
     trim: TrimSection
     captioning: CaptionSection | None = None

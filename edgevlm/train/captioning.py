@@ -25,7 +25,7 @@ from edgevlm.tasks.captioning import CaptionBatch, CaptionObjective, SelfCritica
 from edgevlm.tasks.cider import CiderD
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.loop import fit
-from edgevlm.train.regions import RegionSplit
+from edgevlm.train.regions import RegionSplit, cached_splits
 
 RESULTS = "captions_{split}.json"
 """What the model says of the images of a split, in the format of COCO's results."""
@@ -172,11 +172,11 @@ def evaluate(
     found = describe(tee, train.regions, classes, attributes, section.tag_confidence)
     known = [found[image] for image in train.image_index[rows].tolist()]
     known_captions = [tokenizer.decode(train.caption_ids[row].tolist()) for row in rows.tolist()]
-    for path in sorted(job.inputs["regions"].glob("*.safetensors")):
-        if path.stem == "train":
+    for name in cached_splits(job.inputs["regions"]):
+        if name == "train":
             continue
-        split = load_split(job, tee, manifest, section, path.stem)
-        samples = read_captions(job, path.stem, len(split.tag_ids))
+        split = load_split(job, tee, manifest, section, name)
+        samples = read_captions(job, name, len(split.tag_ids))
         found = describe(tee, split.regions, classes, attributes, section.tag_confidence)
         nearest = nearest_by_tags(found, known)
         references: dict[str, tuple[str, ...]] = {}
@@ -189,17 +189,17 @@ def evaluate(
                 references[sample_id], said[sample_id] = captions, caption
                 borrowed[sample_id] = known_captions[index]
         results = [{"image_id": sample_id, "caption": caption} for sample_id, caption in said.items()]
-        (job.out_dir / RESULTS.format(split=path.stem)).write_text(json.dumps(results, indent=1) + "\n")
-        scores = score_captions(references, said, slow=path.stem == "test")
+        (job.out_dir / RESULTS.format(split=name)).write_text(json.dumps(results, indent=1) + "\n")
+        scores = score_captions(references, said, slow=name == "test")
         baseline = score_captions(references, borrowed, slow=False).values
-        metrics |= {f"{name}_{path.stem}": value for name, value in scores.values.items()}
-        metrics |= {f"{name}_by_tags_{path.stem}": value for name, value in baseline.items()}
+        metrics |= {f"{metric}_{name}": value for metric, value in scores.values.items()}
+        metrics |= {f"{metric}_by_tags_{name}": value for metric, value in baseline.items()}
         job.reporter.say(
-            f"  captioner, {path.stem}: CIDEr {scores.values['cider']:.3f}, BLEU-4 {scores.values['bleu4']:.3f} "
+            f"  captioner, {name}: CIDEr {scores.values['cider']:.3f}, BLEU-4 {scores.values['bleu4']:.3f} "
             f"(the training caption nearest by tags: {baseline['cider']:.3f}, {baseline['bleu4']:.3f})"
         )
-        for name, reason in scores.not_measured.items():
-            job.reporter.say(f"  {name} is not measured: {reason}")
+        for what, reason in scores.not_measured.items():
+            job.reporter.say(f"  {what} is not measured: {reason}")
     return metrics
 
 
