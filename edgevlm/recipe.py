@@ -89,6 +89,8 @@ class DetectorSection(TrainSection):
     short_sides_px: tuple[int, ...] = ()
     """Multi-scale training: short sides of the input, one drawn per step; empty = the size of `preprocess` only."""
     augment: AugmentSection | None = None
+    sampling: Literal["hardest", "random"] = "hardest"
+    """Which background is trained on: `random` as in the papers and for photos (`edgevlm.tasks.detection`)."""
     optimiser: Literal["adamw", "sgd"] = "adamw"
     """`sgd` has Nesterov-free momentum 0.9; MiniVLM's: base rate 0.075 at batch 16, weight decay 1e-5."""
     sync_batchnorm: bool = False
