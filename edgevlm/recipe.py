@@ -117,6 +117,8 @@ class DetectorSection(TrainSection):
     short_sides_px: tuple[int, ...] = ()
     """Multi-scale training: short sides of the input, one drawn per step; empty = the size of `preprocess` only."""
     augment: AugmentSection | None = None
+    sampling: Literal["hardest", "random"] = "hardest"
+    """Which background is trained on: `random` as in the papers and for photos (`edgevlm.tasks.detection`)."""
     sync_batchnorm: bool = False
     """Share the batch norms' statistics among the processes."""
 

@@ -144,7 +144,7 @@ def train_detector(job: Job) -> Checkpoint:
         model.tee = nn.SyncBatchNorm.convert_sync_batchnorm(model.tee)  # pyright: ignore
     model.tee.to(memory_format=torch.channels_last)  # pyright: ignore  (a quarter faster on CPUs)
     fit(
-        DetectionObjective(model.tee),
+        DetectionObjective(model.tee, section.sampling),
         num_rows,
         make_batch,
         section,
