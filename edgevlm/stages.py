@@ -179,13 +179,15 @@ def check(recipe: Recipe, data_path: str | None) -> None:
     """
     tee = resolve_tee(recipe.tee)
     create_trunk(tee.trunk, tee.first_level, tee.num_levels)
+    open_reader(recipe.data, recipe.task, recipe.seed, data_path)
+    if recipe.task == "detection":
+        return
     resolve_fusion(recipe.teacher.fusion)
     check_rungs(recipe.trim, len(resolve_fusion(recipe.distil.fusion).layer_heads), tee.num_regions)
     for target in recipe.export.targets:
         load_exporter(target)
         for precision in recipe.export.precisions:
             check_target(target, precision)
-    open_reader(recipe.data, recipe.task, recipe.seed, data_path)
 
 
 _MODEL = ("prepare", "regions")
