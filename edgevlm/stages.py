@@ -195,6 +195,9 @@ def check_training(recipe: Recipe, data_path: str | None) -> None:
     """
     tee = resolve_tee(recipe.tee)
     create_trunk(tee.trunk, tee.first_level, tee.num_levels)
+    open_reader(recipe.data, recipe.task, recipe.seed, data_path)
+    if recipe.task == "detection":
+        return
     resolve_fusion(recipe.teacher.fusion)
     if recipe.pretrain is not None:
         resolve_fusion(recipe.pretrain.fusion)

@@ -81,7 +81,7 @@ def as_dict(name: str, parts: list[Part]) -> dict[str, Any]:
 
 
 def print_parts(name: str, parts: list[Part], console: Console) -> None:
-    """The table, with the sum of what published figures count and of what runs."""
+    """The table, with the sum of what published figures count, and of everything."""
     table = Table(box=box.SIMPLE_HEAD, title=name, title_justify="left")
     for heading in ("part", "parameters", "formula", "MMACs", "formula"):
         table.add_column(heading, justify="left" if heading == "part" else "right")
@@ -91,7 +91,7 @@ def print_parts(name: str, parts: list[Part], console: Console) -> None:
         table.add_row(*row)
     table.add_section()
     published = [part for part in parts if part.counted.parameters]
-    for title, some in (("as published figures count", published), ("all that runs", parts)):
+    for title, some in (("as published figures count", published), ("with the matrices", parts)):
         cost = total(some)
         table.add_row(title, f"{cost.parameters:,}", "", _millions(cost.macs), "")
     console.print(table)
