@@ -204,7 +204,6 @@ def check_training(recipe: Recipe, data_path: str | None) -> None:
         check_pretraining(recipe.pretrain, recipe.text.max_tokens)
         if recipe.pretrain.tagger is not None:
             read_manifest(Path(recipe.pretrain.tagger), Checkpoint, check_files=False)
-    open_reader(recipe.data, recipe.task, recipe.seed, data_path)
 
 
 def check(recipe: Recipe, data_path: str | None) -> None:
@@ -214,6 +213,8 @@ def check(recipe: Recipe, data_path: str | None) -> None:
         RecipeError, TargetError, DataError: the first mistake.
     """
     check_training(recipe, data_path)
+    if recipe.task == "detection":
+        return
     student = resolve_fusion(recipe.distil.fusion)
     check_rungs(recipe.trim, len(student.layer_heads), resolve_tee(recipe.tee).num_regions)
     for target in recipe.export.targets:
