@@ -70,6 +70,57 @@ def run(
 
 
 @app.command()
+def train(
+    recipe: Annotated[str, typer.Option(help="A shipped recipe (see `edgevlm recipes`) or a .yaml file.")],
+    out: Out = None,
+    data: Data = None,
+    overrides: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and count, train nothing.")] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="With --dry-run: plan for so many processes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train: the stages of `run` up to the trained model, resumable; `--dry-run` says what that would take."""
+    from edgevlm.processes import is_main, world_size
+    from edgevlm.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from edgevlm.stages import LAST_TRAINING, STAGES, check_training
+
+    check_training(loaded, data)
+    if dry_run:
+        from edgevlm import dryrun
+
+        if is_main():
+            plan = dryrun.examine(loaded, data, processes or world_size())
+            if as_json:
+                print(json.dumps(dryrun.as_dict(plan)))
+            else:
+                dryrun.render(plan, console)
+        return
+    from edgevlm.pipeline import run as run_stages
+    from edgevlm.progress import ConsoleReporter
+
+    folder = out or Path("runs") / loaded.name
+    folders = run_stages(STAGES, loaded, folder, data_path=data, until=LAST_TRAINING, reporter=ConsoleReporter())
+    if is_main():
+        console.print(f"Trained: {folders[LAST_TRAINING]}")
+
+
+@app.command()
+def launch_config(
+    name: Annotated[str, typer.Argument(help="ddp: every GPU has the whole model. fsdp: they share its weights.")],
+) -> None:
+    """Print the path of a shipped config for `accelerate launch --config_file`."""
+    from edgevlm.errors import RecipeError, nearest
+
+    folder = Path(__file__).parent / "launch"
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        raise RecipeError(f"No launch config '{name}'", f"{nearest(name, names)} Shipped: {', '.join(names)}".strip())
+    print(folder / f"{name}.yaml")
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes that ship with the package."""
     from edgevlm.recipe import load_recipe, shipped_recipes

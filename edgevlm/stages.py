@@ -4,6 +4,7 @@ Each function fits one step of the packages below to `stage(job) -> artifact`; w
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -47,6 +48,7 @@ from edgevlm.train.answering import train_teacher
 from edgevlm.train.detector import load_frames, train_detector
 from edgevlm.train.pairs import train_pairs
 from edgevlm.train.prepare import prepare
+from edgevlm.train.pretraining import check_pretraining, pretrain
 from edgevlm.train.regions import cache_regions
 from edgevlm.train.retrieval import train_retrieval
 from edgevlm.train.transfer import adopt_extractor
@@ -185,32 +187,48 @@ def run_gates(recipe: Recipe, checkpoints: dict[str, Checkpoint]) -> tuple[Gate,
     return tuple(gates)
 
 
-def check(recipe: Recipe, data_path: str | None) -> None:
-    """Find a recipe's mistakes before anything runs: networks, ladder, targets and their libraries, dataset.
+def check_training(recipe: Recipe, data_path: str | None) -> None:
+    """Find the mistakes of what `edgevlm train` reads: networks and dataset.
 
     Raises:
-        RecipeError, TargetError, DataError: the first mistake.
+        RecipeError, DataError: the first mistake.
     """
     tee = resolve_tee(recipe.tee)
     create_trunk(tee.trunk, tee.first_level, tee.num_levels)
     resolve_fusion(recipe.teacher.fusion)
-    check_rungs(recipe.trim, len(resolve_fusion(recipe.distil.fusion).layer_heads), tee.num_regions)
+    if recipe.pretrain is not None:
+        resolve_fusion(recipe.pretrain.fusion)
+        check_pretraining(recipe.pretrain, recipe.text.max_tokens)
+        if recipe.pretrain.tagger is not None:
+            read_manifest(Path(recipe.pretrain.tagger), Checkpoint, check_files=False)
+    open_reader(recipe.data, recipe.task, recipe.seed, data_path)
+
+
+def check(recipe: Recipe, data_path: str | None) -> None:
+    """Find a recipe's mistakes before anything runs: networks, dataset, ladder, targets and their libraries.
+
+    Raises:
+        RecipeError, TargetError, DataError: the first mistake.
+    """
+    check_training(recipe, data_path)
+    student = resolve_fusion(recipe.distil.fusion)
+    check_rungs(recipe.trim, len(student.layer_heads), resolve_tee(recipe.tee).num_regions)
     for target in recipe.export.targets:
         load_exporter(target)
         for precision in recipe.export.precisions:
             check_target(target, precision)
-    open_reader(recipe.data, recipe.task, recipe.seed, data_path)
 
 
+_DATA = ("data", "task", "preprocess")
 _MODEL = ("prepare", "regions")
 STAGES: tuple[Stage, ...] = (
     Stage("prepare", prepare, (), ("data", "task", "preprocess", "text")),
-    Stage("detector", detector, ("prepare",), ("data", "task", "preprocess", "tee", "extractor", "detector")),
-    Stage("regions", cache_regions, ("detector",), ("data", "task", "preprocess")),
-    Stage("teacher", train_teacher, ("detector", *_MODEL), ("task", "teacher", "referred_weight")),
-    Stage("distil", distil, ("detector", "teacher", *_MODEL), ("task", "distil", "referred_weight")),
-    Stage("prune", prune, ("teacher", "distil", *_MODEL), ("prune", "referred_weight")),
-    Stage("trim", trim, ("prune", *_MODEL), ("trim", "referred_weight")),
+    Stage("detector", detector, ("prepare",), (*_DATA, "tee", "extractor", "detector"), everywhere=True),
+    Stage("regions", cache_regions, ("detector",), (*_DATA, "regions"), everywhere=True),
+    Stage("teacher", train_teacher, ("detector", *_MODEL), ("task", "teacher", "referred_weight"), everywhere=True),
+    Stage("distil", distil, ("detector", "teacher", *_MODEL), ("task", "distil", "referred_weight"), everywhere=True),
+    Stage("prune", prune, ("teacher", "distil", *_MODEL), ("prune", "referred_weight"), everywhere=True),
+    Stage("trim", trim, ("prune", *_MODEL), ("trim", "referred_weight"), everywhere=True),
     Stage("calibrate", calibrate, ("trim",), ("data", "calibration")),
     Stage("export", export, ("trim", "calibrate"), ("name", "export")),
     Stage("verify", verify, ("trim", "export"), ("data", "verify")),
@@ -219,19 +237,39 @@ STAGES: tuple[Stage, ...] = (
 )
 """The flow: each stage reads only artifacts of stages above it."""
 
+LAST_TRAINING = "teacher"
+"""Where `edgevlm train` ends: behind it models are compressed and exported."""
+PRETRAIN = Stage("pretrain", pretrain, ("detector", "regions"), ("data", "task", "pretrain"), everywhere=True)
+"""Before the teacher, in recipes that have this section."""
+
+
 FINE_TUNING: dict[str, Stage] = {
-    "retrieval": Stage("retrieval", train_retrieval, ("detector", *_MODEL), ("data", "task", "retrieval")),
-    "pairs": Stage("pairs", train_pairs, ("detector", *_MODEL), ("task", "pairs")),
+    "retrieval": Stage(
+        "retrieval", train_retrieval, ("detector", *_MODEL), ("data", "task", "retrieval"), everywhere=True
+    ),
+    "pairs": Stage("pairs", train_pairs, ("detector", *_MODEL), ("task", "pairs"), everywhere=True),
 }
 """Section of the recipe -> the stage that ends the flow in its place: such models are not exported."""
 
 
 def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
-    """The stages a recipe goes through: fine-tuning on retrieval or pairs follows the cached regions."""
-    ends = [stage for section, stage in FINE_TUNING.items() if getattr(recipe, section) is not None]
-    if not ends:
-        return STAGES
-    return (*STAGES[: 1 + [stage.name for stage in STAGES].index("regions")], *ends)
+    """The stages of a recipe, in order.
+
+    Detection ends with the detector, for there is nothing to answer; fine-tuning on retrieval or pairs follows the
+    cached regions. Pre-training stands before whatever is trained on the regions.
+    """
+    names = [stage.name for stage in STAGES]
+    if recipe.task == "detection":
+        return STAGES[: 1 + names.index("detector")]
+    at = 1 + names.index("regions")
+    before, behind = STAGES[:at], STAGES[at:]
+    ends = tuple(stage for section, stage in FINE_TUNING.items() if getattr(recipe, section) is not None)
+    if ends:
+        behind = ends
+    if recipe.pretrain is not None:
+        first = replace(behind[0], inputs=(*behind[0].inputs, PRETRAIN.name))
+        behind = (PRETRAIN, first, *behind[1:])
+    return (*before, *behind)
 
 
 def show_scorecard(folder: Path, bundle: Path, console: Console) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgevlm.artifacts import Checkpoint
+from edgevlm.artifacts import VOCABULARY, Checkpoint
 from edgevlm.errors import CheckpointError
 from edgevlm.job import Job
 from edgevlm.models import vlm
@@ -27,6 +27,7 @@ from edgevlm.train.answering import (
     save_answering,
 )
 from edgevlm.train.regions import AnswerBatch
+from edgevlm.train.warm_start import warm_start
 
 
 def layer_map(num_student: int, num_teacher: int) -> list[int]:
@@ -118,6 +119,8 @@ def distil(job: Job) -> Checkpoint:
     teacher = load_teacher(job, manifest)
     torch.manual_seed(recipe.seed + 2)
     student = answering_model(detector, manifest, section)
+    if section.start is not None:
+        warm_start(student, section.start, job.inputs["detector"] / VOCABULARY, manifest.tokenizer, job.reporter)
     objective = DistilObjective(student, teacher, section, recipe.referred_weight)
     fit_answers(objective, student, job, section, what="distil", seed=recipe.seed + 2)
     metrics = evaluate(student, job)

@@ -29,6 +29,12 @@ def _scenes(section: DataSection, task: str, seed: int) -> Reader:
     return Scenes(task, seed, section.texts_per_image)
 
 
+def _coco(section: DataSection, task: str, seed: int) -> Reader:
+    from edgevlm.data.coco import Coco
+
+    return Coco(Path(_folder(section)), task, section.annotations, section.images, section.on_bad)
+
+
 def _nlvr(section: DataSection, task: str, seed: int) -> Reader:
     from edgevlm.data.nlvr import NLVR
 
@@ -88,6 +94,7 @@ def _jsonl(section: DataSection, task: str, seed: int) -> Reader:
 READERS: dict[str, Callable[[DataSection, str, int], Reader]] = {
     "scenes": _scenes,
     "jsonl": _jsonl,
+    "coco": _coco,
     "nlvr": _nlvr,
     "nlvr2": _nlvr2,
     "vsr": _vsr,

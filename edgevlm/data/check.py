@@ -182,7 +182,7 @@ def render(report: CheckReport, console: Console) -> None:
     console.print(f"[bold]{escape(report.dataset)}[/]  {lists}")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("split")
-    for title in ("images", "boxes", "texts", "captions", "answers", "outside", "longest", "known words", "problems"):
+    for title in ("images", "boxes", "texts", "captions", "answers", "outside", "longest", "known", "problems"):
         table.add_column(title, justify="right")
     for total in report.splits:
         share = "–" if total.known_words is None else f"{total.known_words:.1%}"

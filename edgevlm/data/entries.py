@@ -5,7 +5,7 @@ same collector: `stop` and `skip` of a recipe and `edgevlm data check` therefore
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -64,8 +64,8 @@ def make_samples(
     """Open the images of the first `limit` entries, those of one part, and check what belongs to them.
 
     What is bad goes to `problems` and is left out: a whole entry for its id or image, else the box, text or caption.
-    An entry of which nothing is left is left out too. Bad entries count towards the limit, so that the parts of
-    several processes always add up to the same.
+    An entry of which nothing is left is left out too. Entries with a bad image count towards the limit, so that the
+    parts of several processes always add up to the same.
 
     Args:
         clip: cut boxes off at the border of the picture, however far they reach.
@@ -73,14 +73,39 @@ def make_samples(
     Raises:
         DataError: a bad record, if that is the policy of `problems`.
     """
-    seen: dict[str, str] = {}
     answers = frozenset(labels.answers)
-    for index, entry in enumerate(islice(entries, None if limit is None else max(limit, 0))):
-        place = f"{entry.file}:{entry.where}"
-        if seen.setdefault(entry.id, place) != place:
-            problems.report("duplicate id", entry.file, entry.where, f"id '{entry.id}' was used at {seen[entry.id]}")
-        elif shard.takes(index) and (sample := _make_sample(entry, folder, answers, problems, clip)) is not None:
+    stop = None if limit is None else max(limit, 0)
+    for index, entry in enumerate(islice(unique(entries, problems), stop)):
+        if shard.takes(index) and (sample := _make_sample(entry, folder, answers, problems, clip)) is not None:
             yield sample
+    problems.sum_up()
+
+
+def make_sample(
+    entries: Sequence[Entry], index: int, folder: Folder, labels: Labels, problems: Problems, *, clip: bool = False
+) -> Sample:
+    """Entry `index` by itself; if it is bad and bad ones are skipped, the next good one, from the start after the end.
+
+    Raises:
+        DataError: a bad record, if that is the policy of `problems`; or every entry is bad.
+    """
+    answers = frozenset(labels.answers)
+    for step in range(len(entries)):
+        entry = entries[(index + step) % len(entries)]
+        if (sample := _make_sample(entry, folder, answers, problems, clip)) is not None:
+            return sample
+    raise DataError(f"No image of {folder.name} can be read", "Run `edgevlm data check` on it")
+
+
+def unique(entries: Iterable[Entry], problems: Problems) -> Iterator[Entry]:
+    """The entries whose id was not used before; the others are reported."""
+    seen: dict[str, str] = {}
+    for entry in entries:
+        place = f"{entry.file}:{entry.where}"
+        if seen.setdefault(entry.id, place) == place:
+            yield entry
+        else:
+            problems.report("duplicate id", entry.file, entry.where, f"id '{entry.id}' was used at {seen[entry.id]}")
 
 
 def _make_sample(

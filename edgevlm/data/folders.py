@@ -1,5 +1,6 @@
 """A dataset's folder, on a disk or behind any fsspec URL (s3://, gs://, hf://, https://, memory://, zip chains)."""
 
+import glob
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ class Folder:
     def find(self, pattern: str) -> list[str]:
         """Names that fit a glob pattern, sorted."""
         prefix = f"{self._root.rstrip('/')}/"
-        return sorted(str(path).removeprefix(prefix) for path in self._fs.glob(prefix + pattern))
+        return sorted(str(path).removeprefix(prefix) for path in self._fs.glob(glob.escape(prefix) + pattern))
 
     def require(self, *names: str, where: str) -> None:
         """Make sure that files exist, before hours of training.
@@ -46,11 +47,13 @@ class Folder:
         Raises:
             DataError: one is missing; it is named with `where` to get it.
         """
-        if not self.has(""):
-            raise DataError(f"The folder {self.name} does not exist", where)
-        for name in names:
+        for name in names or ("",):
             if not self.has(name):
-                raise DataError(f"{self.place(name)} is missing", where)
+                # Asked last: object stores and web servers have files, but often no folders.
+                raise DataError(
+                    f"{self.place(name)} is missing" if self.has("") else f"The folder {self.name} does not exist",
+                    where,
+                )
 
     def read(self, name: str) -> bytes:
         """The bytes of a file.

@@ -1,10 +1,12 @@
 """Whole splits as arrays, so that an epoch costs no decoding: images at the model's size, and encoded questions."""
 
+import collections
+import itertools
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -38,6 +40,8 @@ class Frames:
     attributes: list[np.ndarray]
     """Per image (n, A) float32, 0 or 1."""
     texts: list[tuple[Text, ...]]
+    captions: list[tuple[str, ...]] = field(default_factory=list)
+    """Per image; empty where nobody asked for them."""
     second: np.ndarray | None = None
     """(I, H, W, 3) uint8: the right-hand images, where the texts are about pairs."""
 
@@ -89,7 +93,7 @@ class RandomAccess(Protocol):
     def num_samples(self, split: str, limit: int | None) -> int: ...
 
 
-Row = tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[Text, ...], np.ndarray | None]
+Row = tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[Text, ...], tuple[str, ...], np.ndarray | None]
 
 
 def materialise(
@@ -125,7 +129,7 @@ def materialise(
         rows = _rows(reader, split, limit, spec)
     frames = Frames([], np.empty((total or 1024, spec.height, spec.width, 3), np.uint8), [], [], [], [])
     second: list[np.ndarray] = []
-    for sample_id, pixels_HWC, boxes, classes, attributes, texts, second_HWC in rows:
+    for sample_id, pixels_HWC, boxes, classes, attributes, texts, captions, second_HWC in rows:
         count = len(frames.ids)
         if count == len(frames.pixels):
             # In place: a stack of separate images would hold the split twice.
@@ -136,6 +140,7 @@ def materialise(
         frames.classes.append(classes)
         frames.attributes.append(attributes)
         frames.texts.append(texts)
+        frames.captions.append(captions)
         if second_HWC is not None:
             second.append(second_HWC)
         if second and len(second) != len(frames.ids):
@@ -146,12 +151,64 @@ def materialise(
         if progress and (count + 1) % CHUNK == 0:
             progress(count + 1, total)
     if not frames.ids:
-        raise DataError(f"Split '{split}' has no samples", "Check the folder, or raise the limit")
+        raise _empty(split)
     frames.pixels.resize((len(frames.ids), *frames.pixels.shape[1:]), refcheck=False)
     frames.second = np.stack(second) if second else None
     if progress:
         progress(len(frames.ids), len(frames.ids))
     return frames
+
+
+def materialise_shards(
+    reader: Reader,
+    split: str,
+    limit: int | None,
+    spec: PreprocessSpec,
+    size: int,
+    wanted: Callable[[int], bool],
+) -> Iterator[tuple[int, Frames]]:
+    """Read a split in shards of `size` samples, so that it never lies in memory as a whole.
+
+    Args:
+        wanted: number of a shard -> whether to make it; the samples of the others are drawn only by readers that
+            cannot make any sample by itself.
+
+    Yields:
+        Number of the shard, and its frames.
+
+    Raises:
+        DataError: as `materialise`, a split without samples included.
+    """
+    if isinstance(reader, RandomAccess):
+        total = reader.num_samples(split, limit)
+        if total == 0:
+            raise _empty(split)
+        for shard in filter(wanted, range(-(-total // size))):
+            indices = range(shard * size, min((shard + 1) * size, total))
+            yield shard, materialise(_Part(reader, (reader.sample(split, i) for i in indices)), split, size, spec)
+        return
+    samples = iter(reader.samples(split, limit))
+    for shard in itertools.count():
+        part = itertools.islice(samples, size)
+        first = next(part, None)
+        if first is None:
+            if shard == 0:
+                raise _empty(split)
+            return
+        if wanted(shard):
+            yield shard, materialise(_Part(reader, itertools.chain([first], part)), split, size, spec)
+        else:
+            collections.deque(part, maxlen=0)
+
+
+class _Part:
+    """Some samples of a reader, as a reader."""
+
+    def __init__(self, reader: Reader, samples: Iterator[Sample]) -> None:
+        self.name, self.labels, self.splits, self._samples = reader.name, reader.labels, reader.splits, samples
+
+    def samples(self, split: str, limit: int | None = None) -> Iterator[Sample]:
+        return self._samples
 
 
 def make_questions(frames: Frames, tokenizer: Tokenizer, labels: Labels, *, truncate: bool = False) -> Questions:
@@ -245,8 +302,13 @@ def _row(sample: Sample, labels: Labels, spec: PreprocessSpec) -> Row:
         sample.classes.astype(np.int64),
         attributes,
         sample.texts,
+        sample.captions,
         None if sample.second is None else preprocess(sample.second, spec),
     )
+
+
+def _empty(split: str) -> DataError:
+    return DataError(f"Split '{split}' has no samples", "Check the folder, or raise the limit")
 
 
 def _bad(sample: Sample, what: str) -> DataError:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from edgevlm.artifacts import Labels
 from edgevlm.data.answers import agreed_answer, build_answers
-from edgevlm.data.entries import Entry, make_samples, parse, require_split, require_task
+from edgevlm.data.entries import Entry, make_sample, make_samples, parse, require_split, require_task, unique
 from edgevlm.data.folders import Folder
 from edgevlm.data.problems import Problems
 from edgevlm.data.sample import Sample, Text
@@ -30,7 +30,7 @@ Words = Annotated[str, Field(min_length=1)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class Question(_Strict):
@@ -124,6 +124,7 @@ class JsonLines:
         self.files = [name] if single else [*self.folder.find("*.jsonl"), *self.folder.find("*.jsonl.gz")]
         if not self.files:
             raise DataError(f"{self.folder.name} has no .jsonl file", WHERE)
+        self._tables: dict[str, list[Entry]] = {}
         self._first_use: dict[str, tuple[str, int]] = {}
         self.labels, self.splits = self._survey()
 
@@ -135,6 +136,22 @@ class JsonLines:
         """
         require_split(self.name, split, self.splits)
         yield from make_samples(self._entries(split), self.folder, self.labels, self.problems, limit, shard)
+
+    def num_samples(self, split: str, limit: int | None) -> int:
+        """Records of a split, at most `limit`; those with a bad image included."""
+        total = len(self._table(split))
+        return total if limit is None else min(limit, total)
+
+    def sample(self, split: str, index: int) -> Sample:
+        """One sample by itself; if its image is bad and bad records are skipped, the next one instead."""
+        return make_sample(self._table(split), index, self.folder, self.labels, self.problems)
+
+    def _table(self, split: str) -> list[Entry]:
+        """The entries of a split, images unopened; read once."""
+        require_split(self.name, split, self.splits)
+        if split not in self._tables:
+            self._tables[split] = list(unique(self._entries(split), self.problems))
+        return self._tables[split]
 
     def _survey(self) -> tuple[Labels, tuple[str, ...]]:
         """One pass over the lines, images unopened: which splits there are, which labels, and where ids were used."""

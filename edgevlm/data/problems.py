@@ -62,6 +62,7 @@ class Problems:
         """Problems by kind."""
         self.left_out: Counter[str] = Counter()
         """What the dataset is known to contain and its protocol leaves out: no problem, but never silent."""
+        self._summed_up = 0
 
     def report(self, kind: Kind, file: str, where: Where, what: str) -> None:
         """Note a problem; the caller leaves the bad part out.
@@ -81,6 +82,14 @@ class Problems:
             log.warning("left out: %s", problem)
             if len(self.found) == MAX_WARNED:
                 log.warning("further bad records are left out in silence; `edgevlm data check` lists all")
+
+    def sum_up(self) -> None:
+        """A split was read to its end: under `skip`, say how much was left out, unless that was said before."""
+        number = sum(self.counts.values())
+        if self.policy == "skip" and number > self._summed_up:
+            self._summed_up = number
+            kinds = ", ".join(f"{count:,} × {kind}" for kind, count in sorted(self.counts.items()))
+            log.warning("%s bad records left out so far: %s", f"{number:,}", kinds)
 
     def leave_out(self, what: str, number: int = 1) -> None:
         """Count something that the dataset's protocol leaves out (an example without a label, say)."""

@@ -1,6 +1,7 @@
 """Parquet files and tar archives as streams of rows, through Hugging Face `datasets`; nothing is cached or unpacked."""
 
 import atexit
+import glob
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -38,7 +39,9 @@ def stream(
 
     fix = "Copy or download it again"
     try:
-        rows = load_dataset(kind, data_files=list(files), split="train", streaming=True).decode(False)
+        rows = load_dataset(
+            kind, data_files=[glob.escape(file) for file in files], split="train", streaming=True
+        ).decode(False)
         rows = iter(split_dataset_by_node(rows, shard.rank, shard.world) if shard.world > 1 else rows)
     except (OSError, ValueError) as problem:
         raise DataError(f"{', '.join(files)} cannot be read ({problem})", fix) from problem

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from edgevlm.artifacts import Labels
-from edgevlm.data.entries import Entry, expect, make_samples, parse, require_split, require_task
+from edgevlm.data.entries import Entry, expect, make_sample, make_samples, parse, require_split, require_task, unique
 from edgevlm.data.folders import Folder
 from edgevlm.data.problems import Problems
 from edgevlm.data.sample import Sample
@@ -78,8 +78,9 @@ class VisualGenome:
         self.folder = Folder(path)
         files = (OBJECTS, ATTRIBUTES, CLASS_LIST, ATTRIBUTE_LIST, *((REGIONS,) if task == "pretraining" else ()))
         self.folder.require(*files, where=WHERE)
+        self._tables: dict[str, list[Entry]] = {}
 
-    @cached_property
+    @property
     def labels(self) -> Labels:
         """The first name of each line of the lists; no answers."""
         return Labels(classes=tuple(self._lists[0][0]), attributes=tuple(self._lists[1][0]), answers=())
@@ -94,9 +95,24 @@ class VisualGenome:
         Raises:
             DataError: an unknown split, or a bad record if that is the policy.
         """
-        require_split(self.name, split, self.splits)
-        entries = self._entries(split)
+        entries = self._table(split)
         yield from make_samples(entries, self.folder, self.labels, self.problems, limit, shard, clip=True)
+
+    def num_samples(self, split: str, limit: int | None) -> int:
+        """Records of a split, at most `limit`; those with a bad image included."""
+        total = len(self._table(split))
+        return total if limit is None else min(limit, total)
+
+    def sample(self, split: str, index: int) -> Sample:
+        """One sample by itself; if its image is bad and bad records are skipped, the next one instead."""
+        return make_sample(self._table(split), index, self.folder, self.labels, self.problems, clip=True)
+
+    def _table(self, split: str) -> list[Entry]:
+        """The entries of a split, images unopened; read once."""
+        require_split(self.name, split, self.splits)
+        if split not in self._tables:
+            self._tables[split] = list(unique(self._entries(split), self.problems))
+        return self._tables[split]
 
     def _entries(self, split: str) -> Iterator[Entry]:
         place = self.folder.place(OBJECTS)

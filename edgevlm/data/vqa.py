@@ -80,9 +80,13 @@ class VisualQuestions:
         self.folder.require(*layout.files, where=f"{layout.source} (docs/data_format.md shows the folder)")
         self._answers = read_answers(answers) if answers is not None else None
 
-    @cached_property
+    @property
     def labels(self) -> Labels:
-        """No classes; the closed list of answers."""
+        """No classes; the closed list of answers, counted on the first use."""
+        return self._labels
+
+    @cached_property
+    def _labels(self) -> Labels:
         answers = self._answers
         if answers is None:
             # In silence: the same problems are reported when the split itself is read.

@@ -1,5 +1,6 @@
 """Sentences about two images (NLVR2): accuracy, and the official consistency over all items of a sentence."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 
@@ -19,16 +20,15 @@ def group_key(identifier: str, sentence: str) -> str:
 
 
 def group_index(identifiers: Sequence[str], sentences: Sequence[str]) -> np.ndarray:
-    """Number of each item's sentence, (Q,) int64, in order of first appearance."""
-    numbers: dict[str, int] = {}
+    """One number per item, (Q,) int64, the same for all items of a sentence: a hash, so that parts made apart agree."""
     keys = (group_key(*item) for item in zip(identifiers, sentences, strict=True))
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
+    digests = (hashlib.sha256(key.encode()).digest() for key in keys)
+    return np.array([int.from_bytes(digest[:8], "big", signed=True) for digest in digests], np.int64)
 
 
 def consistency(right_Q: np.ndarray, group_Q: np.ndarray) -> float:
     """Share of sentences whose items are all answered right, 0..1."""
     if not len(right_Q):
         return 0.0
-    wrong = np.bincount(group_Q, weights=~right_Q.astype(bool))
-    present = np.bincount(group_Q) > 0
-    return float((wrong[present] == 0).mean())
+    _, number_Q = np.unique(group_Q, return_inverse=True)
+    return float((np.bincount(number_Q, weights=~right_Q.astype(bool)) == 0).mean())

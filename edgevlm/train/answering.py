@@ -20,7 +20,8 @@ from edgevlm.tasks import vqa
 from edgevlm.tasks.entailment import per_class_accuracy
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.loop import fit
-from edgevlm.train.regions import AnswerBatch, RegionSplit
+from edgevlm.train.regions import AnswerBatch, RegionSplit, cached_splits
+from edgevlm.train.warm_start import warm_start
 
 
 class AnswerObjective(nn.Module):
@@ -131,24 +132,24 @@ def evaluate(model: VLM, job: Job, num_keep: int | None = None) -> dict[str, flo
     Where several annotators answered, it is the official accuracy (`tasks/vqa.py`).
     """
     metrics: dict[str, float] = {}
-    for path in sorted(job.inputs["regions"].glob("*.safetensors")):
-        if path.stem == "train":
+    for name in cached_splits(job.inputs["regions"]):
+        if name == "train":
             continue
-        split = RegionSplit.load(job.inputs["regions"], path.stem)
+        split = RegionSplit.load(job.inputs["regions"], name)
         predicted, truth = predict(model, split, num_keep), split.answers.numpy()
         if split.answer_ids is not None and split.official is not None:
             ids_QK, official_QK = split.answer_ids.numpy(), split.official.numpy()
             scores = vqa.official_scores(predicted, ids_QK, official_QK)
-            metrics[f"majority_{path.stem}"] = vqa.best_constant(ids_QK, official_QK)
+            metrics[f"majority_{name}"] = vqa.best_constant(ids_QK, official_QK)
         else:
             scores = predicted == truth
-            metrics[f"majority_{path.stem}"] = task.majority(truth)
-        metrics[f"accuracy_{path.stem}"] = float(scores.mean())
-        if path.stem == "test":
+            metrics[f"majority_{name}"] = task.majority(truth)
+        metrics[f"accuracy_{name}"] = float(scores.mean())
+        if name == "test":
             groups = task.mean_by(scores, split.kinds)
             if job.recipe.task == "entailment":
-                names = read_manifest(job.inputs["prepare"], Vocabulary).labels.answers
-                groups |= per_class_accuracy(predicted, truth, names)
+                answers = read_manifest(job.inputs["prepare"], Vocabulary).labels.answers
+                groups |= per_class_accuracy(predicted, truth, answers)
             metrics |= {f"accuracy_test.{group}": value for group, value in groups.items() if group}
     return metrics
 
@@ -174,6 +175,9 @@ def train_teacher(job: Job) -> Checkpoint:
     detector, manifest = vlm.load(job.inputs["detector"])
     torch.manual_seed(recipe.seed + 1)
     model = answering_model(detector, manifest, section)
+    start = str(job.inputs["pretrain"]) if "pretrain" in job.inputs else section.start
+    if start is not None:
+        warm_start(model, start, job.inputs["detector"] / VOCABULARY, manifest.tokenizer, job.reporter)
     objective = AnswerObjective(model, recipe.referred_weight)
     fit_answers(objective, model, job, section, what="teacher", seed=recipe.seed + 1)
     metrics = evaluate(model, job)

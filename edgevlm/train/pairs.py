@@ -11,7 +11,7 @@ from edgevlm.job import Job
 from edgevlm.models.vlm import VLM
 from edgevlm.tasks import answers, pairs
 from edgevlm.train.answering import batch_of, fit_answers, freeze_extractor, save_answering
-from edgevlm.train.regions import AnswerBatch, RegionSplit
+from edgevlm.train.regions import AnswerBatch, RegionSplit, cached_splits
 from edgevlm.train.start import starting_model
 
 
@@ -55,21 +55,21 @@ def predict_pairs(model: VLM, split: RegionSplit, batch_size: int = 256) -> np.n
 def evaluate_pairs(model: VLM, job: Job) -> dict[str, float]:
     """Accuracy, the majority answer's, and consistency on each evaluation split in the region cache, and per subset."""
     metrics: dict[str, float] = {}
-    for path in sorted(job.inputs["regions"].glob("*.safetensors")):
-        if path.stem == "train":
+    for name in cached_splits(job.inputs["regions"]):
+        if name == "train":
             continue
-        split = RegionSplit.load(job.inputs["regions"], path.stem)
+        split = RegionSplit.load(job.inputs["regions"], name)
         truth = split.answers.numpy()
         right_Q = predict_pairs(model, split) == truth
-        metrics[f"accuracy_{path.stem}"] = float(right_Q.mean())
-        metrics[f"majority_{path.stem}"] = answers.majority(truth)
+        metrics[f"accuracy_{name}"] = float(right_Q.mean())
+        metrics[f"majority_{name}"] = answers.majority(truth)
         if split.group_index is not None:  # always, where there are pairs
             groups_Q = split.group_index.numpy()
-            metrics[f"consistency_{path.stem}"] = pairs.consistency(right_Q, groups_Q)
+            metrics[f"consistency_{name}"] = pairs.consistency(right_Q, groups_Q)
             for kind in sorted(set(split.kinds) - {""}):
                 rows = np.array(split.kinds) == kind
-                metrics[f"accuracy_{path.stem}.{kind}"] = float(right_Q[rows].mean())
-                metrics[f"consistency_{path.stem}.{kind}"] = pairs.consistency(right_Q[rows], groups_Q[rows])
+                metrics[f"accuracy_{name}.{kind}"] = float(right_Q[rows].mean())
+                metrics[f"consistency_{name}.{kind}"] = pairs.consistency(right_Q[rows], groups_Q[rows])
     return metrics
 
 

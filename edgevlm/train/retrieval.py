@@ -20,7 +20,7 @@ from edgevlm.recipe import RetrievalSection
 from edgevlm.tasks import retrieval as task
 from edgevlm.train.answering import freeze_extractor, save_answering
 from edgevlm.train.loop import Batch, fit
-from edgevlm.train.regions import RegionSplit
+from edgevlm.train.regions import RegionSplit, cached_splits
 from edgevlm.train.start import starting_model
 
 NUM_NEAR = 32
@@ -197,13 +197,13 @@ def train_retrieval(job: Job) -> Checkpoint:
         reporter=job.reporter,
     )
     metrics: dict[str, float] = {}
-    for path in sorted(job.inputs["regions"].glob("*.safetensors")):
-        if path.stem == "train":
+    for name in cached_splits(job.inputs["regions"]):
+        if name == "train":
             continue
-        split = RegionSplit.load(job.inputs["regions"], path.stem)
-        captions = load_captions(job, path.stem, len(split.scores))
+        split = RegionSplit.load(job.inputs["regions"], name)
+        captions = load_captions(job, name, len(split.scores))
         rows = evaluate_retrieval(model, split, captions, manifest.labels, section)
-        metrics |= {f"{name}_{path.stem}": value for name, value in rows.items()}
+        metrics |= {f"{name}_{name}": value for name, value in rows.items()}
         shown = [f"{name} {rows[name]:.3f} (tags {rows[f'tags.{name}']:.3f})" for name in ("tr@1", "ir@1", "ir@10")]
-        job.reporter.say(f"  retrieval, {path.stem} ({len(split.scores)} images): {', '.join(shown)}")
+        job.reporter.say(f"  retrieval, {name} ({len(split.scores)} images): {', '.join(shown)}")
     return save_answering(job, model, manifest, metrics)

@@ -49,7 +49,7 @@ def test_consistency_on_nlvr2s_files(name: str) -> None:
     wrong = {chosen.choice(sentences[key])["identifier"] for key in broken}
     right = np.array([row["identifier"] not in wrong for row in rows])
     groups = pairs.group_index([row["identifier"] for row in rows], [row["sentence"] for row in rows])
-    assert groups.max() + 1 == len(sentences)
+    assert len(set(groups.tolist())) == len(sentences)
     assert pairs.consistency(right, groups) == pytest.approx(1 - 100 / len(sentences))
 
 
@@ -63,7 +63,7 @@ def test_consistency_is_the_definition(right: list[tuple[bool, int]]) -> None:
 
 def test_other_datasets_group_by_the_sentence() -> None:
     index = pairs.group_index(["x1", "x2", "x3"], ["A dog.", "a  dog.", "A cat."])
-    assert index.tolist() == [0, 0, 1]
+    assert index[0] == index[1] != index[2]
 
 
 @pytest.mark.parametrize(("num_layers", "linears"), [(1, 1), (2, 2), (3, 3)])
@@ -154,7 +154,7 @@ def test_the_stage_reads_both_images(tmp_path: Path, monkeypatch: pytest.MonkeyP
     split = RegionSplit.load(job.inputs["regions"], "test")
     assert split.scores.shape[0] == 16 and split.second_index is not None and split.group_index is not None
     assert split.second_index.tolist() == list(range(8, 16))
-    assert split.group_index.tolist() == [0] * 4 + [1] * 4
+    assert np.unique(split.group_index, return_inverse=True)[1].tolist() in ([0] * 4 + [1] * 4, [1] * 4 + [0] * 4)
     metrics = train_pairs(job).metrics
     assert metrics["majority_test"] == 0.5 and metrics["consistency_test"] in (0.0, 0.5, 1.0)
     assert vlm.load(job.out_dir)[1].model.answer_dropout == 0.3

@@ -272,7 +272,9 @@ def test_hard_negatives_come_from_the_near_images() -> None:
 
 
 @given(
-    images=st.lists(st.lists(st.sampled_from(["red", "blue", "star", "box", "large"]), max_size=5), min_size=2, max_size=9)
+    images=st.lists(
+        st.lists(st.sampled_from(["red", "blue", "star", "box", "large"]), max_size=5), min_size=2, max_size=9
+    )
 )
 @settings(max_examples=50, deadline=None)
 def test_near_images_are_those_with_the_most_similar_tags(images: list[list[str]]) -> None:
