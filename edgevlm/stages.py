@@ -196,6 +196,8 @@ def check_training(recipe: Recipe, data_path: str | None) -> None:
     tee = resolve_tee(recipe.tee)
     create_trunk(tee.trunk, tee.first_level, tee.num_levels)
     resolve_fusion(recipe.teacher.fusion)
+    if recipe.extractor is not None:
+        read_manifest(Path(recipe.extractor), Checkpoint, check_files=False)
     if recipe.pretrain is not None:
         resolve_fusion(recipe.pretrain.fusion)
         check_pretraining(recipe.pretrain, recipe.text.max_tokens)
