@@ -168,11 +168,16 @@ class PretrainSection(TrainSection):
         return self
 
 
-class TeacherSection(TrainSection):
+class FineTuneSection(TrainSection):
+    """What is trained on the cached regions for a task."""
+
     fusion: Choice
     start: str | None = None
     """Where the fusion starts: a checkpoint folder, a Hugging Face text model's folder, or its name on the hub. None =
-    from the stage `pretrain` where the recipe has one (the teacher), else untrained."""
+    from the stage `pretrain` where the recipe has one (not the student), else untrained."""
+
+
+class TeacherSection(FineTuneSection):
     answer_head: Literal["hidden", "linear"] = "hidden"
     """One hidden layer, or a linear classifier that starts at probability 0.01 per answer (MiniVLM's for VQA)."""
     answer_dropout: float = Field(0.0, ge=0, lt=1)
@@ -184,15 +189,6 @@ class DistilSection(TeacherSection):
     """loss = (1 - kd_weight) x task + kd_weight x distillation (EfficientVLM, section 3)."""
     hidden_weight: float = Field(0.1, ge=0)
     attention_weight: float = Field(1.0, ge=0)
-
-
-class FineTuneSection(TrainSection):
-    """What the fine-tuned tasks share."""
-
-    fusion: Choice | None = None
-    """A new, untrained fusion; None = go on from the stage `pretrain` where the run has one, else from `start`."""
-    start: str | None = None
-    """Folder of a checkpoint of this run's vocabulary and extractor whose fusion is taken over."""
 
 
 class RetrievalSection(FineTuneSection):

@@ -199,6 +199,8 @@ def check_training(recipe: Recipe, data_path: str | None) -> None:
     if recipe.task == "detection":
         return
     resolve_fusion(recipe.teacher.fusion)
+    if recipe.extractor is not None:
+        read_manifest(Path(recipe.extractor), Checkpoint, check_files=False)
     if recipe.pretrain is not None:
         resolve_fusion(recipe.pretrain.fusion)
         check_pretraining(recipe.pretrain, recipe.text.max_tokens)
