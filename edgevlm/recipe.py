@@ -32,6 +32,8 @@ class DataSection(Section):
     num_test: int | None = Field(None, gt=0)
     texts_per_image: int = Field(8, gt=0)
     """Questions or sentences per image, where the dataset can draw any number."""
+    captions_per_image: int = Field(1, gt=0)
+    """Captions per image, where the dataset can draw any number."""
 
 
 class TextSection(Section):

@@ -16,7 +16,7 @@ __all__ = ["READERS", "Reader", "Sample", "Text", "open_reader"]
 def _scenes(section: DataSection, task: str, seed: int) -> Reader:
     from edgevlm.data.scenes import Scenes
 
-    return Scenes(task, seed, section.texts_per_image)
+    return Scenes(task, seed, section.texts_per_image, section.captions_per_image)
 
 
 def _nlvr(section: DataSection, task: str, seed: int) -> Reader:

@@ -2,13 +2,14 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 
+from edgevlm import processes
 from edgevlm.artifacts import VOCABULARY, Checkpoint, ModelConfig, TokenizerSpec
 from edgevlm.data import open_reader
 from edgevlm.data.text import Tokenizer
@@ -21,14 +22,24 @@ from edgevlm.models.tee import TEE, Regions
 from edgevlm.models.vlm import VLM
 from edgevlm.recipe import CaptionSection, TrainSection
 from edgevlm.tasks.caption_metrics import score_captions
-from edgevlm.tasks.captioning import CaptionBatch, CaptionObjective, SelfCritical, nearest_by_tags, reward_words
+from edgevlm.tasks.captioning import (
+    CaptionBatch,
+    CaptionObjective,
+    SelfCritical,
+    choose_masked,
+    nearest_by_tags,
+    reward_words,
+)
 from edgevlm.tasks.cider import CiderD
+from edgevlm.train.batches import generator_of
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.loop import fit
-from edgevlm.train.regions import RegionSplit
+from edgevlm.train.regions import RegionSplit, cached_splits
 
 RESULTS = "captions_{split}.json"
 """What the model says of the images of a split, in the format of COCO's results."""
+CHUNK = 4096
+"""Images whose features are looked at together."""
 SEEN_AS = 0.5
 """An attribute of at least this probability belongs to the description of a region."""
 
@@ -37,8 +48,7 @@ SEEN_AS = 0.5
 class CaptionSplit:
     """One split: regions and tags of I images, and Q captions."""
 
-    regions: Regions
-    """(I, N, ...)."""
+    cache: RegionSplit
     tag_ids: Tensor
     """(I, G) int32: tags, [SEP] and padding."""
     image_index: Tensor
@@ -46,17 +56,19 @@ class CaptionSplit:
     caption_ids: Tensor
     """(Q, num_caption) int32: [CLS] caption [SEP] and padding."""
 
-    def batch(self, rows: Tensor, score_threshold: float, pad_id: int) -> CaptionBatch:
-        """Captions `rows` with the context of their images."""
-        images = self.image_index[rows]
-        regions, tag_ids = self.context(images, score_threshold, pad_id)
-        return CaptionBatch(regions, torch.cat([self.caption_ids[rows], tag_ids], dim=1), images)
+    def batch(self, rows: Tensor, score_threshold: float, spec: TokenizerSpec, share: float, most: int) -> CaptionBatch:
+        """Captions `rows` with the context of their images; which words are masked depends on the rows alone."""
+        images, captions = self.image_index[rows], self.caption_ids[rows]
+        masked = choose_masked(captions, spec, share, most, generator_of(rows))
+        regions, tag_ids = self.context(images, score_threshold, spec.pad_id)
+        return CaptionBatch(regions, torch.cat([captions, tag_ids], dim=1), masked, images)
 
     def context(self, images: Tensor, score_threshold: float, pad_id: int) -> tuple[Regions, Tensor]:
         """Regions and tags of images, without what is padding in all of them (it comes last)."""
-        num_regions = max(1, int((self.regions.scores_BN[images] >= score_threshold).sum(1).amax()))
+        cache = self.cache
+        num_regions = max(1, int((cache.scores[images] >= score_threshold).sum(1).amax()))
         num_tags = int((self.tag_ids[images] != pad_id).any(0).sum())
-        regions = Regions(*(part[images, :num_regions] for part in self.regions))
+        regions = Regions(*(part[images, :num_regions] for part in (cache.features, cache.boxes, cache.scores)))
         return regions, self.tag_ids[images, :num_tags]
 
 
@@ -69,18 +81,13 @@ def train_captioner(job: Job) -> Checkpoint:
     model = start_model(detector, manifest, section)
     train = load_split(job, detector.tee, manifest, section, "train")
     objective = CaptionObjective(
-        model,
-        manifest.tokenizer,
-        section.num_caption,
-        section.mask_share,
-        section.max_masked,
-        section.label_smoothing,
-        section.every_word,
+        model, manifest.tokenizer, section.num_caption, section.label_smoothing, section.every_word
     )
-    _fit(job, objective, model, section, train, "captioner", torch.arange(len(train.caption_ids)))
+    _fit(job, objective, section, train, "captioner", torch.arange(len(train.caption_ids)))
     if section.self_critical is not None:
         criticise(job, model, section, train, tokenizer)
-    metrics = evaluate(job, model, detector.tee, manifest, section, train, tokenizer)
+    # Only the main process writes the checkpoint: the others need no metrics.
+    metrics = evaluate(job, model, detector.tee, manifest, section, train, tokenizer) if processes.is_main() else {}
     changes = {"provenance": job.provenance, "model": model.config, "task": "captioning", "metrics": metrics}
     vocabulary = job.inputs["prepare"] / VOCABULARY
     return save_checkpoint(job.out_dir, model.cpu(), vocabulary, manifest.model_copy(update=changes))
@@ -128,7 +135,7 @@ def criticise(job: Job, model: VLM, section: CaptionSection, train: CaptionSplit
     )
     # One row per image: all captions of an image are the references of whatever is drawn for it.
     rows = first_rows(train.image_index)
-    _fit(job, objective, model, section.self_critical, train, "captioner-cider", rows)
+    _fit(job, objective, section.self_critical, train, "captioner-cider", rows)
 
 
 def first_rows(image_index: Tensor) -> Tensor:
@@ -137,14 +144,20 @@ def first_rows(image_index: Tensor) -> Tensor:
 
 
 def _fit(
-    job: Job, objective: nn.Module, model: VLM, section: TrainSection, train: CaptionSplit, what: str, rows: Tensor
+    job: Job,
+    objective: CaptionObjective | SelfCritical,
+    how: TrainSection,
+    train: CaptionSplit,
+    what: str,
+    rows: Tensor,
 ) -> None:
-    pad_id, threshold = model.fusion.pad_id, model.config.tee.score_threshold
+    section, model, spec = caption_section(job), objective.model, objective.spec
+    masking = (section.mask_share, section.max_masked)
     fit(
         objective,
         len(rows),
-        lambda chosen: {"batch": train.batch(rows[chosen], threshold, pad_id)},
-        section,
+        lambda chosen: {"batch": train.batch(rows[chosen], model.config.tee.score_threshold, spec, *masking)},
+        how,
         what=what,
         work_dir=job.out_dir,
         key=f"{job.provenance.key}-{what}",
@@ -169,15 +182,15 @@ def evaluate(
     metrics: dict[str, float] = {}
     classes, attributes = manifest.labels.classes, manifest.labels.attributes
     rows = first_rows(train.image_index)
-    found = describe(tee, train.regions, classes, attributes, section.tag_confidence)
+    found = describe(tee, train.cache, classes, attributes, section.tag_confidence)
     known = [found[image] for image in train.image_index[rows].tolist()]
     known_captions = [tokenizer.decode(train.caption_ids[row].tolist()) for row in rows.tolist()]
-    for path in sorted(job.inputs["regions"].glob("*.safetensors")):
-        if path.stem == "train":
+    for name in cached_splits(job.inputs["regions"]):
+        if name == "train":
             continue
-        split = load_split(job, tee, manifest, section, path.stem)
-        samples = read_captions(job, path.stem, len(split.tag_ids))
-        found = describe(tee, split.regions, classes, attributes, section.tag_confidence)
+        split = load_split(job, tee, manifest, section, name)
+        samples = read_captions(job, name, len(split.tag_ids))
+        found = describe(tee, split.cache, classes, attributes, section.tag_confidence)
         nearest = nearest_by_tags(found, known)
         references: dict[str, tuple[str, ...]] = {}
         said: dict[str, str] = {}
@@ -189,17 +202,17 @@ def evaluate(
                 references[sample_id], said[sample_id] = captions, caption
                 borrowed[sample_id] = known_captions[index]
         results = [{"image_id": sample_id, "caption": caption} for sample_id, caption in said.items()]
-        (job.out_dir / RESULTS.format(split=path.stem)).write_text(json.dumps(results, indent=1) + "\n")
-        scores = score_captions(references, said, slow=path.stem == "test")
+        (job.out_dir / RESULTS.format(split=name)).write_text(json.dumps(results, indent=1) + "\n")
+        scores = score_captions(references, said, slow=name == "test")
         baseline = score_captions(references, borrowed, slow=False).values
-        metrics |= {f"{name}_{path.stem}": value for name, value in scores.values.items()}
-        metrics |= {f"{name}_by_tags_{path.stem}": value for name, value in baseline.items()}
+        metrics |= {f"{metric}_{name}": value for metric, value in scores.values.items()}
+        metrics |= {f"{metric}_by_tags_{name}": value for metric, value in baseline.items()}
         job.reporter.say(
-            f"  captioner, {path.stem}: CIDEr {scores.values['cider']:.3f}, BLEU-4 {scores.values['bleu4']:.3f} "
+            f"  captioner, {name}: CIDEr {scores.values['cider']:.3f}, BLEU-4 {scores.values['bleu4']:.3f} "
             f"(the training caption nearest by tags: {baseline['cider']:.3f}, {baseline['bleu4']:.3f})"
         )
-        for name, reason in scores.not_measured.items():
-            job.reporter.say(f"  {name} is not measured: {reason}")
+        for metric, reason in scores.not_measured.items():
+            job.reporter.say(f"  {metric} is not measured: {reason}")
     return metrics
 
 
@@ -230,18 +243,17 @@ def say(
 def load_split(job: Job, tee: TEE, manifest: Checkpoint, section: CaptionSection, split: str) -> CaptionSplit:
     """Cached regions of a split with its tags and captions."""
     cache = RegionSplit.load(job.inputs["regions"], split)
-    regions = Regions(cache.features, cache.boxes, cache.scores)
     vocabulary = job.inputs["prepare"] / VOCABULARY
     spec = manifest.tokenizer
     image_index, caption_ids = encoded_captions(
         job,
         split,
-        len(cache.features),
+        len(cache.scores),
         Tokenizer(vocabulary, spec.model_copy(update={"max_tokens": section.num_caption})),
     )
     tag_tokenizer = Tokenizer(vocabulary, spec.model_copy(update={"max_tokens": section.num_tags + 1}))
-    tags = class_tags(tee, regions, manifest.labels.classes, section.tag_confidence)
-    return CaptionSplit(regions, encode_tags(tags, tag_tokenizer), image_index, caption_ids)
+    tags = class_tags(tee, cache, manifest.labels.classes, section.tag_confidence)
+    return CaptionSplit(cache, encode_tags(tags, tag_tokenizer), image_index, caption_ids)
 
 
 def encoded_captions(job: Job, split: str, num_images: int, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
@@ -274,30 +286,41 @@ def read_captions(job: Job, split: str, num_images: int) -> list[tuple[str, tupl
     return samples
 
 
-@torch.no_grad()
-def class_tags(tee: TEE, regions: Regions, classes: Sequence[str], confidence: float) -> list[list[str]]:
+def class_tags(tee: TEE, cache: RegionSplit, classes: Sequence[str], confidence: float) -> list[list[str]]:
     """Per image the classes of its regions of at least this score, best first, each once (MiniVLM's tags)."""
-    best_IN = tee.box_head.classes(regions.features_BND)[..., :-1].argmax(-1)
-    sure_IN = regions.scores_BN >= confidence
-    return [list(dict.fromkeys(classes[int(i)] for i in row[sure])) for row, sure in zip(best_IN, sure_IN, strict=True)]
+    return [
+        list(dict.fromkeys(classes[index] for index, _ in regions)) for regions in _sure_regions(tee, cache, confidence)
+    ]
 
 
-@torch.no_grad()
 def describe(
-    tee: TEE, regions: Regions, classes: Sequence[str], attributes: Sequence[str], confidence: float
+    tee: TEE, cache: RegionSplit, classes: Sequence[str], attributes: Sequence[str], confidence: float
 ) -> list[Counter[str]]:
-    """Per image how often each description of a region ('red large striped star') and each word of one was detected."""
-    best_IN = tee.box_head.classes(regions.features_BND)[..., :-1].argmax(-1)
-    seen_INA = tee.box_head.attributes(regions.features_BND).sigmoid() >= SEEN_AS
+    """Per image, in how many regions each description ('red large striped star') and each word of one was detected."""
     found: list[Counter[str]] = []
-    for best, seen, scores in zip(best_IN.tolist(), seen_INA.tolist(), regions.scores_BN.tolist(), strict=True):
+    for regions in _sure_regions(tee, cache, confidence):
         counts: Counter[str] = Counter()
-        for index, has, score in zip(best, seen, scores, strict=True):
-            if score >= confidence:
-                words = [*(name for name, given in zip(attributes, has, strict=True) if given), classes[index]]
-                counts.update({*words, " ".join(words)})
+        for index, seen in regions:
+            words = [*(attributes[i] for i in seen), classes[index]]
+            counts.update({*words, " ".join(words)})
         found.append(counts)
     return found
+
+
+@torch.no_grad()
+def _sure_regions(tee: TEE, cache: RegionSplit, confidence: float) -> Iterator[list[tuple[int, list[int]]]]:
+    """Per image, class and attributes of every region of at least this score; the features are what the heads read."""
+    for images in torch.arange(len(cache.scores)).split(CHUNK):
+        features = cache.features[images]
+        best = tee.box_head.classes(features)[..., :-1].argmax(-1).tolist()
+        seen_BNA = tee.box_head.attributes(features).sigmoid() >= SEEN_AS
+        sure = (cache.scores[images] >= confidence).tolist()
+        for row in range(len(images)):
+            yield [
+                (best[row][i], seen_BNA[row, i].nonzero().flatten().tolist())
+                for i, is_sure in enumerate(sure[row])
+                if is_sure
+            ]
 
 
 def encode_tags(tags: Sequence[Sequence[str]], tokenizer: Tokenizer) -> Tensor:
