@@ -1,8 +1,9 @@
-"""Stage `captioner`: train the fusion to caption images from cached regions and tags, and score what it says."""
+"""Stage `captioning`: train the fusion to caption images from cached regions and tags, and score what it says."""
 
+import copy
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +11,12 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from edgevlm import processes
-from edgevlm.artifacts import VOCABULARY, Checkpoint, ModelConfig, TokenizerSpec
+from edgevlm.artifacts import VOCABULARY, Checkpoint, TokenizerSpec
 from edgevlm.data import open_reader
 from edgevlm.data.text import Tokenizer
 from edgevlm.errors import DataError, RecipeError
 from edgevlm.job import Job
-from edgevlm.models import vlm
 from edgevlm.models.decoding import beam_search, greedy, read_context
-from edgevlm.models.registry import resolve_fusion
 from edgevlm.models.tee import TEE, Regions
 from edgevlm.models.vlm import VLM
 from edgevlm.recipe import CaptionSection, TrainSection
@@ -32,9 +31,12 @@ from edgevlm.tasks.captioning import (
 )
 from edgevlm.tasks.cider import CiderD
 from edgevlm.train.batches import generator_of
+from edgevlm.train.captions import fit_captions, load_captions
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.loop import fit
 from edgevlm.train.regions import RegionSplit, cached_splits
+from edgevlm.train.start import starting_model
+from edgevlm.train.tags import own_tags, region_classes
 
 RESULTS = "captions_{split}.json"
 """What the model says of the images of a split, in the format of COCO's results."""
@@ -65,21 +67,18 @@ class CaptionSplit:
 
     def context(self, images: Tensor, score_threshold: float, pad_id: int) -> tuple[Regions, Tensor]:
         """Regions and tags of images, without what is padding in all of them (it comes last)."""
-        cache = self.cache
-        num_regions = max(1, int((cache.scores[images] >= score_threshold).sum(1).amax()))
         num_tags = int((self.tag_ids[images] != pad_id).any(0).sum())
-        regions = Regions(*(part[images, :num_regions] for part in (cache.features, cache.boxes, cache.scores)))
-        return regions, self.tag_ids[images, :num_tags]
+        return self.cache.regions_of(images, score_threshold), self.tag_ids[images, :num_tags]
 
 
 def train_captioner(job: Job) -> Checkpoint:
     """Cross-entropy on masked words, then CIDEr itself if the recipe says so; metrics on every evaluation split."""
     section = caption_section(job)
-    detector, manifest = vlm.load(job.inputs["detector"])
-    tokenizer = Tokenizer(job.inputs["prepare"] / VOCABULARY, manifest.tokenizer)
     torch.manual_seed(job.recipe.seed + 1)
-    model = start_model(detector, manifest, section)
-    train = load_split(job, detector.tee, manifest, section, "train")
+    model, manifest = starting_model(job, section, ("words",))
+    tee = copy.deepcopy(model.tee)  # names tags on the CPU, wherever the model goes
+    tokenizer = Tokenizer(job.inputs["prepare"] / VOCABULARY, manifest.tokenizer)
+    train = load_split(job, tee, manifest, section, tokenizer, "train")
     objective = CaptionObjective(
         model, manifest.tokenizer, section.num_caption, section.label_smoothing, section.every_word
     )
@@ -87,7 +86,7 @@ def train_captioner(job: Job) -> Checkpoint:
     if section.self_critical is not None:
         criticise(job, model, section, train, tokenizer)
     # Only the main process writes the checkpoint: the others need no metrics.
-    metrics = evaluate(job, model, detector.tee, manifest, section, train, tokenizer) if processes.is_main() else {}
+    metrics = evaluate(job, model, tee, manifest, section, train, tokenizer) if processes.is_main() else {}
     changes = {"provenance": job.provenance, "model": model.config, "task": "captioning", "metrics": metrics}
     vocabulary = job.inputs["prepare"] / VOCABULARY
     return save_checkpoint(job.out_dir, model.cpu(), vocabulary, manifest.model_copy(update=changes))
@@ -109,14 +108,6 @@ def caption_section(job: Job) -> CaptionSection:
             "Raise text.max_tokens, or lower one of the two",
         )
     return section
-
-
-def start_model(detector: VLM, manifest: Checkpoint, section: CaptionSection) -> VLM:
-    """The detector's extractor under an untrained fusion with a head of words."""
-    config = ModelConfig(tee=manifest.model.tee, fusion=resolve_fusion(section.fusion), heads=("words",))
-    model = VLM(config, manifest.preprocess, manifest.tokenizer, manifest.labels)
-    model.tee.load_state_dict(detector.tee.state_dict())
-    return model
 
 
 def criticise(job: Job, model: VLM, section: CaptionSection, train: CaptionSplit, tokenizer: Tokenizer) -> None:
@@ -188,7 +179,7 @@ def evaluate(
     for name in cached_splits(job.inputs["regions"]):
         if name == "train":
             continue
-        split = load_split(job, tee, manifest, section, name)
+        split = load_split(job, tee, manifest, section, tokenizer, name)
         samples = read_captions(job, name, len(split.tag_ids))
         found = describe(tee, split.cache, classes, attributes, section.tag_confidence)
         nearest = nearest_by_tags(found, known)
@@ -240,37 +231,21 @@ def say(
 # --- captions and tags -------------------------------------------------------------------------------------------
 
 
-def load_split(job: Job, tee: TEE, manifest: Checkpoint, section: CaptionSection, split: str) -> CaptionSplit:
+def load_split(
+    job: Job, tee: TEE, manifest: Checkpoint, section: CaptionSection, tokenizer: Tokenizer, split: str
+) -> CaptionSplit:
     """Cached regions of a split with its tags and captions."""
     cache = RegionSplit.load(job.inputs["regions"], split)
-    vocabulary = job.inputs["prepare"] / VOCABULARY
-    spec = manifest.tokenizer
-    image_index, caption_ids = encoded_captions(
-        job,
-        split,
-        len(cache.scores),
-        Tokenizer(vocabulary, spec.model_copy(update={"max_tokens": section.num_caption})),
+    captions = load_captions(job.inputs["regions"], split)
+    tag_ids = own_tags(
+        tee, cache, manifest.labels.classes, tokenizer, length=section.num_tags, min_score=section.tag_confidence
     )
-    tag_tokenizer = Tokenizer(vocabulary, spec.model_copy(update={"max_tokens": section.num_tags + 1}))
-    tags = class_tags(tee, cache, manifest.labels.classes, section.tag_confidence)
-    return CaptionSplit(cache, encode_tags(tags, tag_tokenizer), image_index, caption_ids)
-
-
-def encoded_captions(job: Job, split: str, num_images: int, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Image of each caption of a split (Q,), rising, and the captions (Q, max_tokens); what is too long is cut."""
-    pairs = [
-        (image, caption)
-        for image, (_, captions) in enumerate(read_captions(job, split, num_images))
-        for caption in captions
-    ]
-    if not pairs:
-        raise DataError(f"No image of split '{split}' has a caption", "Choose a dataset with captions")
-    ids = tokenizer.encode_batch([caption for _, caption in pairs], truncate=True)
-    return torch.tensor([image for image, _ in pairs]), torch.from_numpy(ids)
+    caption_ids = fit_captions(captions.input_ids, section.num_caption, tokenizer.spec.sep_id)
+    return CaptionSplit(cache, tag_ids, captions.image_index, caption_ids)
 
 
 def read_captions(job: Job, split: str, num_images: int) -> list[tuple[str, tuple[str, ...]]]:
-    """Id and captions of each image, in the order of the region cache.
+    """Id and captions of each image as they were written, in the order of the region cache.
 
     Raises:
         DataError: the dataset has fewer images now than were cached.
@@ -286,51 +261,28 @@ def read_captions(job: Job, split: str, num_images: int) -> list[tuple[str, tupl
     return samples
 
 
-def class_tags(tee: TEE, cache: RegionSplit, classes: Sequence[str], confidence: float) -> list[list[str]]:
-    """Per image the classes of its regions of at least this score, best first, each once (MiniVLM's tags)."""
-    return [
-        list(dict.fromkeys(classes[index] for index, _ in regions)) for regions in _sure_regions(tee, cache, confidence)
-    ]
-
-
+@torch.no_grad()
 def describe(
     tee: TEE, cache: RegionSplit, classes: Sequence[str], attributes: Sequence[str], confidence: float
 ) -> list[Counter[str]]:
     """Per image, in how many regions each description ('red large striped star') and each word of one was detected."""
     found: list[Counter[str]] = []
-    for regions in _sure_regions(tee, cache, confidence):
-        counts: Counter[str] = Counter()
-        for index, seen in regions:
-            words = [*(attributes[i] for i in seen), classes[index]]
-            counts.update({*words, " ".join(words)})
-        found.append(counts)
-    return found
-
-
-@torch.no_grad()
-def _sure_regions(tee: TEE, cache: RegionSplit, confidence: float) -> Iterator[list[tuple[int, list[int]]]]:
-    """Per image, class and attributes of every region of at least this score; the features are what the heads read."""
     for images in torch.arange(len(cache.scores)).split(CHUNK):
         features = cache.features[images]
-        best = tee.box_head.classes(features)[..., :-1].argmax(-1).tolist()
-        seen_BNA = tee.box_head.attributes(features).sigmoid() >= SEEN_AS
+        best = region_classes(tee, features).tolist()
+        # An attribute head of its own reads more than the cached features: then the classes are all there is.
+        head = tee.box_head.attributes
+        seen = (head(features).sigmoid() >= SEEN_AS).tolist() if head is not None else None
         sure = (cache.scores[images] >= confidence).tolist()
         for row in range(len(images)):
-            yield [
-                (best[row][i], seen_BNA[row, i].nonzero().flatten().tolist())
-                for i, is_sure in enumerate(sure[row])
-                if is_sure
-            ]
-
-
-def encode_tags(tags: Sequence[Sequence[str]], tokenizer: Tokenizer) -> Tensor:
-    """Tags, [SEP] and padding: (I, max_tokens - 1) int32. An image without tags has [SEP] alone."""
-    spec: TokenizerSpec = tokenizer.spec
-    ids = torch.full((len(tags), spec.max_tokens - 1), spec.pad_id, dtype=torch.int32)
-    rows = [i for i, words in enumerate(tags) if words]
-    if ids.shape[1]:
-        ids[:, 0] = spec.sep_id
-    if rows:
-        texts = [" ".join(tags[i]) for i in rows]
-        ids[rows] = torch.from_numpy(tokenizer.encode_batch(texts, truncate=True)[:, 1:])  # without [CLS]
-    return ids
+            counts: Counter[str] = Counter()
+            for i in range(len(sure[row])):
+                if sure[row][i]:
+                    has = seen[row][i] if seen is not None else [False] * len(attributes)
+                    words = [
+                        *(name for name, given in zip(attributes, has, strict=True) if given),
+                        classes[best[row][i]],
+                    ]
+                    counts.update({*words, " ".join(words)})
+            found.append(counts)
+    return found

@@ -3,7 +3,6 @@
 import itertools
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from edgevlm.artifacts import Checkpoint, ModelConfig, Provenance, TokenizerSpec
 from edgevlm.data.text import SPECIAL_TOKENS, Tokenizer, make_spec, write_vocabulary
-from edgevlm.errors import DataError, RecipeError
+from edgevlm.errors import RecipeError
 from edgevlm.job import Job
 from edgevlm.models import vlm
 from edgevlm.models.decoding import greedy, next_word, read_context, word_log_probs
@@ -22,6 +21,7 @@ from edgevlm.models.registry import FUSIONS, TEES
 from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM
 from edgevlm.recipe import Recipe, load_recipe
+from edgevlm.stages import stages_of
 from edgevlm.tasks import caption_metrics
 from edgevlm.tasks.captioning import (
     END,
@@ -33,7 +33,7 @@ from edgevlm.tasks.captioning import (
     reward_words,
 )
 from edgevlm.tasks.cider import CiderD
-from edgevlm.train.captioning import caption_section, class_tags, describe, encode_tags, train_captioner
+from edgevlm.train.captioning import caption_section, describe, train_captioner
 from edgevlm.train.detector import train_detector
 from edgevlm.train.prepare import prepare
 from edgevlm.train.regions import RegionSplit, cache_regions
@@ -231,7 +231,7 @@ def test_nearest_by_tags_equals_brute_force(tags: list[Counter[str]], known: lis
         assert values[index] == pytest.approx(max(values)) and values.index(max(values)) == index
 
 
-def test_tags_are_sure_classes_once_and_best_first(tokenizer: Tokenizer) -> None:
+def test_images_are_described_by_the_regions_that_count(tokenizer: Tokenizer) -> None:
     model = captioner(tokenizer.spec)
     head = model.tee.box_head
     with torch.no_grad():  # feature k names class or attribute k
@@ -247,13 +247,11 @@ def test_tags_are_sure_classes_once_and_best_first(tokenizer: Tokenizer) -> None
         features[0, region, list(numbers)] = 1.0
     scores = torch.tensor([[0.9, 0.8, 0.5, 0.1, 0, 0, 0, 0]])
     regions = RegionSplit(features, torch.zeros(1, 8, 4), scores, *[torch.zeros(0)] * 5, kinds=[])
-    assert class_tags(model.tee, regions, LABELS.classes, 0.2) == [["b", "a"]]
     found = describe(model.tee, regions, LABELS.classes, LABELS.attributes, 0.2)[0]
     assert found == Counter({"b": 2, "a": 1, "d": 2, "e": 1, "d b": 1, "d e a": 1})
-    spec = tokenizer.spec.model_copy(update={"max_tokens": 4})
-    short = Tokenizer.__new__(Tokenizer)
-    short.__dict__ = tokenizer.__dict__ | {"spec": spec}
-    assert encode_tags([["dog", "cat"], [], ["dog", "cat", "mat"]], short).tolist() == [[6, 7, 3], [3, 0, 0], [6, 7, 3]]
+    head.attributes = None  # as beside an attribute head of its own
+    found = describe(model.tee, regions, LABELS.classes, LABELS.attributes, 0.2)[0]
+    assert found == Counter({"b": 2, "a": 1})
 
 
 # --- the stage ---------------------------------------------------------------------------------------------------
@@ -286,19 +284,19 @@ def run(folder: Path, stage: str, *overrides: str) -> Checkpoint:
 
 def test_the_stage_gives_a_captioner_its_captions_and_metrics(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caption_metrics.shutil, "which", lambda name: None)  # without Java: METEOR takes 20 s
-    manifest = run(folder, "captioner", "captioning.self_critical={steps: 2, batch_size: 8, num_samples: 2}")
+    manifest = run(folder, "captioning", "captioning.self_critical={steps: 2, batch_size: 8, num_samples: 2}")
     for name in ("cider_val", "cider_test", "bleu4_test", "rouge_l_test", "cider_by_tags_test"):
         assert 0 <= manifest.metrics[name] <= 10
     assert "meteor_test" not in manifest.metrics
-    results = json.loads((folder / "captioner" / "captions_test.json").read_text())
+    results = json.loads((folder / "captioning" / "captions_test.json").read_text())
     assert [row["image_id"] for row in results] == [f"test-{i}" for i in range(24)]
     assert all(row["caption"] for row in results)
-    model, loaded = vlm.load(folder / "captioner")
+    model, loaded = vlm.load(folder / "captioning")
     assert loaded.task == "captioning" and model.word_head is not None
     detector, _ = vlm.load(folder / "detector")
     for name, value in detector.tee.state_dict().items():
         assert torch.equal(model.tee.state_dict()[name], value), "the extractor stays as it was"
-    assert not list((folder / "captioner").glob(".snapshot*"))
+    assert not list((folder / "captioning").glob(".snapshot*"))
 
 
 def test_beams_and_every_word_run_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,20 +316,8 @@ def test_mistakes_in_the_recipe_are_named(folder: Path) -> None:
         load_recipe("test-scenes", [*OVERRIDES, "captioning.max_words=24"])
 
 
-def test_a_dataset_without_captions_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgevlm.data.scenes import Scenes
-
-    original = Scenes.sample
-
-    def bare(self: Scenes, split: str, index: int):
-        return replace(original(self, split, index), captions=())
-
-    monkeypatch.setattr(Scenes, "sample", bare)
-    with pytest.raises(DataError, match="has a caption"):
-        run(folder, "bare")
-
-
 def test_the_shipped_recipe_fits(tmp_path: Path) -> None:
     recipe = load_recipe("scenes-captions")
-    section = caption_section(Job(recipe, {}, tmp_path, Provenance(stage="captioner", key="")))
+    section = caption_section(Job(recipe, {}, tmp_path, Provenance(stage="captioning", key="")))
+    assert [stage.name for stage in stages_of(recipe)] == ["prepare", "detector", "regions", "captioning"]
     assert section.label_smoothing == 0.1 and section.mask_share == 0.15 and section.max_masked == 3
