@@ -45,6 +45,7 @@ from edgevlm.report import write_scorecard
 from edgevlm.report.scorecard import join
 from edgevlm.report.terminal import print_scorecard
 from edgevlm.train.answering import train_teacher
+from edgevlm.train.captioning import train_captioner
 from edgevlm.train.detector import load_frames, train_detector
 from edgevlm.train.pairs import train_pairs
 from edgevlm.train.prepare import prepare
@@ -254,6 +255,9 @@ FINE_TUNING: dict[str, Stage] = {
         "retrieval", train_retrieval, ("detector", *_MODEL), ("data", "task", "retrieval"), everywhere=True
     ),
     "pairs": Stage("pairs", train_pairs, ("detector", *_MODEL), ("task", "pairs"), everywhere=True),
+    "captioning": Stage(
+        "captioning", train_captioner, ("detector", *_MODEL), ("data", "task", "captioning"), everywhere=True
+    ),
 }
 """Section of the recipe -> the stage that ends the flow in its place: such models are not exported."""
 
@@ -261,8 +265,8 @@ FINE_TUNING: dict[str, Stage] = {
 def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
     """The stages of a recipe, in order.
 
-    Detection ends with the detector, for there is nothing to answer; fine-tuning on retrieval or pairs follows the
-    cached regions. Pre-training stands before whatever is trained on the regions.
+    Detection ends with the detector, for there is nothing to answer; fine-tuning on retrieval, pairs or captioning
+    follows the cached regions. Pre-training stands before whatever is trained on the regions.
     """
     names = [stage.name for stage in STAGES]
     if recipe.task == "detection":
