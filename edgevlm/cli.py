@@ -99,9 +99,7 @@ def train(
     from edgevlm.progress import ConsoleReporter
 
     folder = out or Path("runs") / loaded.name
-    folders = run_stages(
-        STAGES, loaded, folder, data_path=data, until=LAST_TRAINING, reporter=ConsoleReporter()
-    )
+    folders = run_stages(STAGES, loaded, folder, data_path=data, until=LAST_TRAINING, reporter=ConsoleReporter())
     if is_main():
         console.print(f"Trained: {folders[LAST_TRAINING]}")
 

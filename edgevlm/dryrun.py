@@ -208,9 +208,7 @@ def _stage(
     }
     memory = {what: 4 * count / 1e6 for what, count in numbers.items()}
     memory["activations"] = activation_bytes(objective, batch) / ROWS * per_piece / 1e6
-    return StagePlan(
-        name, _count(objective), trained, num_rows, section.steps, size, per_process, per_piece, memory
-    )
+    return StagePlan(name, _count(objective), trained, num_rows, section.steps, size, per_process, per_piece, memory)
 
 
 def _detector_batch(frames: Frames, num_attributes: int) -> dict[str, Tensor]:

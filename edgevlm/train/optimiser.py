@@ -28,9 +28,7 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
     ]
 
 
-def make_optimiser(
-    section: TrainSection, groups: list[dict[str, Any]], device: torch.device
-) -> torch.optim.Optimizer:
+def make_optimiser(section: TrainSection, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
     """The section's optimiser; fused on a GPU, where one kernel then updates all weights."""
     fused = True if device.type == "cuda" else None
     if section.optimiser == "sgd":
@@ -57,7 +55,7 @@ class MovingAverage:
     def update(self, step: int) -> None:
         """Take in the weights after `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._average, [tensor.detach() for tensor in self._live], 1 - decay)
+        torch._foreach_lerp_(self._average, [tensor.detach() for tensor in self._live], 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def put_in_place(self) -> None:

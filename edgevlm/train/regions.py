@@ -5,7 +5,6 @@ question and epoch. A split is cut into shards of some images each, which the pr
 `<split>/images-00000.parquet` and `<split>/questions-00000.parquet` (`edgevlm/train/shards.py`).
 """
 
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,8 +137,9 @@ def _names(metadata: str) -> set[str]:
 
 def _joined(name: str, parts: list[Tensor | list[str]]) -> Tensor | list[str]:
     """One column of several shards."""
+    words = [word for part in parts if isinstance(part, list) for word in part]
     if isinstance(parts[0], list):
-        return [word for part in parts for word in part]
+        return words
     tensors: list[Tensor] = parts  # pyright: ignore[reportAssignmentType]
     if len({tensor.shape[1:] for tensor in tensors}) > 1:
         pad = next(column.metadata.get("pad", 0) for column in fields(RegionSplit) if column.name == name)
@@ -189,6 +189,7 @@ def shard_is_done(folder: Path, split: str, shard: int, key: str) -> bool:
         return all(TableFile(shard_path(folder, split, table, shard)).key == key for table in ("images", "questions"))
     except CheckpointError:
         return False
+
 
 @torch.no_grad()
 def extract(tee: TEE, frames: Frames, tokenizer: Tokenizer, labels: Labels, batch_size: int = 64) -> RegionSplit:

@@ -67,7 +67,9 @@ class TableFile:
             facts = json.loads((self._file.schema_arrow.metadata or {})[b"edgevlm"])
         except (OSError, pa.ArrowException, KeyError, ValueError) as problem:
             reason = str(problem).splitlines()[0]
-            raise CheckpointError(f"{path} is not a table of cached regions ({reason})", "Cache them again") from problem
+            raise CheckpointError(
+                f"{path} is not a table of cached regions ({reason})", "Cache them again"
+            ) from problem
         self.path, self.key, self._facts = path, facts["key"], facts["columns"]
         self.num_rows: int = self._file.metadata.num_rows
         self._lock = threading.Lock()  # one reader at a time: loader threads share the file

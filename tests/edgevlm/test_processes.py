@@ -64,7 +64,15 @@ def test_a_killed_rank_restarts_the_job_and_changes_nothing(tmp_path: Path) -> N
     options = {"dropout": 0.2, "ema": 0.9}
     train_together(tmp_path / "whole", **options)
     config = ROOT / "edgevlm" / "launch" / "ddp.yaml"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        "--num_processes",
+        "2",
+    ]
     launcher += ["--main_process_port", str(free_port()), "--max_restarts", "1", "-m", MODULE]
     command = [*launcher, str(tmp_path / "cut"), json.dumps({**options, "kill_at": 13})]
     done = subprocess.run(
