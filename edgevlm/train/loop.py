@@ -23,7 +23,7 @@ from edgevlm.errors import TrainingError
 from edgevlm.progress import Reporter
 from edgevlm.recipe import TrainSection
 from edgevlm.train import fully_sharded
-from edgevlm.train.batches import Batch, Batches, Loader, generator_of, prefetch, wait_for
+from edgevlm.train.batches import Batch, Batches, Loader, Piece, generator_of, prefetch, wait_for
 from edgevlm.train.optimiser import MovingAverage, make_optimiser, parameter_groups, schedule
 from edgevlm.train.snapshot import load_snapshot, save_snapshot
 
@@ -90,7 +90,8 @@ def fit(
         in which steps waited for their data, 0..1.
 
     Raises:
-        TrainingError: the loss is not finite (the last good snapshot is kept), or a batch has fewer rows than pieces.
+        TrainingError: the loss is not finite (the last good snapshot is kept), a batch has fewer rows than pieces, or
+            `make_batch` draws from the global generator.
     """
     accelerator = start_accelerator(section, work_dir / "tensorboard")
     accelerator.init_trackers(what)
@@ -124,10 +125,15 @@ def fit(
     logs, totals = Logs(accelerator.device), {}
     read_every = 1 if accelerator.device.type == "cpu" and accelerator.num_processes == 1 else LOG_EVERY
     clock = Clock()
+
+    def pieces_of(step: int) -> list[Piece]:
+        # The first is made while this thread waits for it, so a change of the random state is the batch's doing.
+        return loader.first_pieces(step) if step == start and section.loaders else loader.pieces(step)
+
     objective.train()
     with (
         reporter.bar(what, section.steps) as bar,
-        contextlib.closing(prefetch(loader.pieces, range(start, section.steps), section.loaders)) as ready,
+        contextlib.closing(prefetch(pieces_of, range(start, section.steps), section.loaders)) as ready,
     ):
         for step, pieces, waited in ready:
             for group, lr in zip(optimiser.param_groups, base_lrs, strict=True):
