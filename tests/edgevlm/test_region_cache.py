@@ -123,6 +123,29 @@ def column_files(tmp_path_factory: pytest.TempPathFactory) -> list[TableFile]:
     return [images for images, _ in open_shards(folder, "train")]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_mapped_rows_are_what_pyarrow_decodes(tmp_path: Path, dtype: str) -> None:
+    """Over several row groups and pages of more than a megabyte, Parquet's usual limit for a page."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(700, 40, 96, generator=generator).to(getattr(torch, dtype))
+    write_table(tmp_path / "t.parquet", {"first": torch.arange(700), "x": values}, "k")
+    file = TableFile(tmp_path / "t.parquet")
+    rows = np.array([0, 1, 255, 256, 511, 512, 699])
+    decoded = pq.read_table(tmp_path / "t.parquet").column("x")
+    expected = np.stack([np.frombuffer(decoded[int(r)].as_py(), dtype).reshape(40, 96) for r in rows])
+    assert np.array_equal(file.rows("x", rows), expected)
+    assert np.array_equal(expected, values[rows].numpy())
+    assert np.array_equal(file.rows("first", rows), rows)
+
+
+def test_a_file_of_another_layout_is_not_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    write_table(path, {"x": torch.rand(300, 512)}, "k")
+    pq.write_table(pq.read_table(path), path, data_page_size=4096, use_dictionary=False, compression="none")
+    with pytest.raises(CheckpointError, match="laid out"):
+        TableFile(path).rows("x", np.array([3]))
+
+
 def test_any_reader_of_parquet_opens_it(tmp_path: Path) -> None:
     """Plain pyarrow sees the columns, and the bytes of a row are the numbers."""
     split = a_split(5)
