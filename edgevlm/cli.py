@@ -289,7 +289,10 @@ def main() -> None:
     except EdgeVLMError as error:
         if "-v" in sys.argv or "--verbose" in sys.argv:
             raise
-        errors.print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        from edgevlm.processes import rank, world_size
+
+        where = f" (process {rank()})" if world_size() > 1 else ""
+        errors.print(f"[bold red]error{where}:[/] {error}", soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         errors.print("interrupted; the same command goes on from here")
