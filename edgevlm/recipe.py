@@ -32,6 +32,8 @@ class DataSection(Section):
     num_test: int | None = Field(None, gt=0)
     texts_per_image: int = Field(8, gt=0)
     """Questions or sentences per image, where the dataset can draw any number."""
+    captions_per_image: int = Field(1, gt=0)
+    """Captions per image, where the dataset can draw any number."""
     answers: str | None = None
     """File with the closed list of answers (JSON list, or one per line); None = the frequent training answers."""
     annotations: dict[str, str] = {}
@@ -117,6 +119,8 @@ class DetectorSection(TrainSection):
     short_sides_px: tuple[int, ...] = ()
     """Multi-scale training: short sides of the input, one drawn per step; empty = the size of `preprocess` only."""
     augment: AugmentSection | None = None
+    sampling: Literal["hardest", "random"] = "hardest"
+    """Which background is trained on: `random` as in the papers and for photos (`edgevlm.tasks.detection`)."""
     sync_batchnorm: bool = False
     """Share the batch norms' statistics among the processes."""
 
@@ -251,16 +255,15 @@ class SelfCriticalSection(TrainSection):
     """Captions drawn per image and step; each is compared with the greedy one."""
 
 
-class CaptionSection(TrainSection):
+class CaptionSection(FineTuneSection):
     """Defaults are the published fine-tuning on COCO captions (20 epochs; MiniVLM authors' configuration)."""
 
-    fusion: Choice
     batch_size: int = Field(512, gt=0)
     lr: float = Field(1e-5, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     num_caption: int = Field(40, ge=4)
     """Text tokens for the caption, with [CLS] and [SEP]; longer ones are cut."""
-    num_tags: int = Field(30, ge=0)
+    num_tags: int = Field(30, ge=1)
     """Text tokens for the tags behind it; `text.max_tokens` must hold both."""
     tag_confidence: float = Field(0.2, ge=0, le=1)
     """Regions of at least this score give their class as a tag."""
@@ -351,7 +354,7 @@ class Recipe(Section):
     prune: PruneSection
     trim: TrimSection
     captioning: CaptionSection | None = None
-    """The captioner; None = none is trained."""
+    """Fine-tune on captioning, and end there; None = another task."""
     calibration: CalibrationSection = CalibrationSection()  # pyright: ignore[reportCallIssue]
     export: ExportSection = ExportSection()  # pyright: ignore[reportCallIssue]
     verify: VerifySection = VerifySection()  # pyright: ignore[reportCallIssue]
