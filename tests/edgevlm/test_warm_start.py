@@ -8,7 +8,7 @@ import torch
 
 from edgevlm.artifacts import VOCABULARY, Checkpoint, ModelConfig, TokenizerSpec, Vocabulary
 from edgevlm.data.text import Tokenizer, make_spec, read_vocabulary, split_pieces, train_vocabulary, write_vocabulary
-from edgevlm.data.vocabulary import read_foreign
+from edgevlm.data.vocabulary import choose_kept, read_foreign
 from edgevlm.errors import CheckpointError, RecipeError
 from edgevlm.job import Job
 from edgevlm.manifests import read_manifest
@@ -76,6 +76,25 @@ def test_what_fits_is_copied_and_the_rest_named(source: tuple[VLM, Path, Tokeniz
     assert all(torch.equal(after[name], wanted[name]) for name in started.copied)
     untouched = [name for name in after if name.startswith(("tee.", "head.", "referred."))]
     assert untouched and all(torch.equal(after[name], before[name]) for name in untouched)
+
+
+def test_a_vocabulary_trimmed_from_the_checkpoints(source: tuple[VLM, Path, TokenizerSpec], tmp_path: Path) -> None:
+    """Its rows come along, so that a text has the states it had under the whole vocabulary."""
+    theirs, folder, _ = source
+    tokens = read_vocabulary(folder / VOCABULARY)
+    kept = choose_kept(tokens, TEXTS[:1])
+    (tmp_path / "trimmed").mkdir()
+    path = tmp_path / "trimmed" / VOCABULARY
+    write_vocabulary(path, [tokens[i] for i in kept])
+    trimmed = make_spec(path, 12, kept_ids=kept)
+    assert len(kept) < len(tokens)
+    model = model_of(trimmed, heads=("words",), seed=2)
+    start_from(model, folder, trimmed)
+    assert torch.equal(model.fusion.words.weight, theirs.fusion.words.weight[list(kept)])
+    assert model.word_head is not None and theirs.word_head is not None
+    assert torch.equal(model.word_head.bias, theirs.word_head.bias[list(kept)])
+    with pytest.raises(CheckpointError, match="trained with another vocabulary"):
+        start_from(model, folder, trimmed.model_copy(update={"kept_ids": kept[::-1]}))
 
 
 def test_a_shallower_fusion_with_more_positions(source: tuple[VLM, Path, TokenizerSpec]) -> None:
