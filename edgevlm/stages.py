@@ -36,6 +36,7 @@ from edgevlm.job import Job
 from edgevlm.manifests import read_manifest, whole_folder, write_manifest
 from edgevlm.models.backbone import create_trunk
 from edgevlm.models.registry import resolve_fusion, resolve_tee
+from edgevlm.models.text_weights import find_folder
 from edgevlm.pipeline import Stage
 from edgevlm.progress import Reporter
 from edgevlm.recipe import BenchSection, Recipe, parse_recipe
@@ -177,7 +178,7 @@ def check(recipe: Recipe, data_path: str | None) -> None:
     """Find a recipe's mistakes before anything runs: networks, ladder, targets and their libraries, dataset.
 
     Raises:
-        RecipeError, TargetError, DataError: the first mistake.
+        RecipeError, TargetError, DataError, CheckpointError: the first mistake.
     """
     tee = resolve_tee(recipe.tee)
     create_trunk(tee.trunk, tee.first_level, tee.num_levels)
@@ -192,6 +193,10 @@ def check(recipe: Recipe, data_path: str | None) -> None:
         load_exporter(target)
         for precision in recipe.export.precisions:
             check_target(target, precision)
+    # A text model that cannot be had should not be missed after hours of training the detector.
+    for where in (recipe.text.vocab, recipe.pretrain and recipe.pretrain.start, recipe.teacher.start):
+        if where is not None:
+            find_folder(where)
     open_reader(recipe.data, recipe.task, recipe.seed, data_path)
 
 
