@@ -1,17 +1,16 @@
-"""The captions of a split beside its cached regions: encoded once, in `captions/<split>.safetensors`."""
+"""The captions of a split beside its cached regions: encoded once, in `<split>/captions-00000.safetensors` and so on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from edgevlm.data.text import Tokenizer
 from edgevlm.errors import DataError
-
-FOLDER = "captions"
 
 
 @dataclass(frozen=True)
@@ -24,24 +23,25 @@ class CaptionSplit:
     """(C, L) int32: [CLS] caption [SEP] and padding."""
 
 
-def save_captions(folder: Path, split: str, captions: Sequence[Sequence[str]], tokenizer: Tokenizer) -> None:
-    """Encode the captions of each image and write them; what is too long is cut. Without captions nothing is written.
+def save_captions(
+    folder: Path, split: str, shard: int, captions: Sequence[Sequence[str]], tokenizer: Tokenizer
+) -> None:
+    """Encode the captions of a shard's images and write them; what is too long is cut.
 
     Args:
         folder: of the region cache.
         split: name of the split.
+        shard: of the region cache, which has the same images.
         captions: per image, in the cache's order.
         tokenizer: of the checkpoint that the regions come from.
     """
     flat = [(image, caption) for image, several in enumerate(captions) for caption in several]
-    if not flat:
-        return
-    (folder / FOLDER).mkdir(exist_ok=True)
+    (folder / split).mkdir(exist_ok=True)
     tensors = {
-        "image_index": torch.tensor([image for image, _ in flat]),
+        "image_index": torch.tensor([image for image, _ in flat], dtype=torch.int64),
         "input_ids": torch.from_numpy(tokenizer.encode_batch([caption for _, caption in flat], truncate=True)),
     }
-    save_file(tensors, folder / FOLDER / f"{split}.safetensors")
+    save_file(tensors, folder / split / f"captions-{shard:05}.safetensors", {"num_images": str(len(captions))})
 
 
 def load_captions(folder: Path, split: str) -> CaptionSplit:
@@ -50,10 +50,15 @@ def load_captions(folder: Path, split: str) -> CaptionSplit:
     Raises:
         DataError: the dataset has none for it.
     """
-    path = folder / FOLDER / f"{split}.safetensors"
-    if not path.is_file():
-        raise DataError(f"Split '{split}' has no captions ({path} is missing)", "Choose a dataset with captions")
-    return CaptionSplit(**load_file(path))
+    parts: list[CaptionSplit] = []
+    first = 0
+    for path in sorted((folder / split).glob("captions-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            parts.append(CaptionSplit(file.get_tensor("image_index") + first, file.get_tensor("input_ids")))
+            first += int(file.metadata()["num_images"])
+    if not any(len(part.image_index) for part in parts):
+        raise DataError(f"Split '{split}' has no captions in {folder}", "Choose a dataset with captions")
+    return CaptionSplit(torch.cat([part.image_index for part in parts]), torch.cat([part.input_ids for part in parts]))
 
 
 def fit_captions(input_ids_CL: Tensor, length: int, sep_id: int) -> Tensor:

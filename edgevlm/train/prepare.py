@@ -22,6 +22,8 @@ def prepare(job: Job) -> Vocabulary:
         tokenizer = _bring(job, reader, recipe.text.vocab)
     else:
         texts = _texts(job, reader, min(recipe.data.num_train or MAX_SAMPLES, MAX_SAMPLES))
+        # A dataset of boxes has no texts: its words are the names of what can be found.
+        texts = list(texts) or [*reader.labels.classes, *reader.labels.attributes]
         write_vocabulary(job.out_dir / VOCABULARY, train_vocabulary(texts, recipe.text.vocab_size))
         tokenizer = make_spec(job.out_dir / VOCABULARY, recipe.text.max_tokens)
     manifest = Vocabulary(

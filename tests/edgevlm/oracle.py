@@ -86,7 +86,7 @@ def write_inputs(folder: Path, num_images: dict[str, int], captions_per_image: i
     tokenizer = Tokenizer(vocabulary, manifest.tokenizer)
     for split in scenes:
         region_split(scenes[split]).save(inputs["regions"], split)
-        save_captions(inputs["regions"], split, captions[split], tokenizer)
+        save_captions(inputs["regions"], split, 0, captions[split], tokenizer)
     cache = RegionCache(provenance=provenance("regions"), preprocess_hash="", extractor_hash="", num_images=num_images)
     write_manifest(inputs["regions"], cache)
     return inputs

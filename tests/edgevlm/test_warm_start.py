@@ -20,7 +20,7 @@ from edgevlm.models.vlm import VLM
 from edgevlm.pipeline import run
 from edgevlm.progress import Reporter
 from edgevlm.recipe import load_recipe
-from edgevlm.stages import STAGES, check, flow
+from edgevlm.stages import STAGES, check, stages_of
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.prepare import prepare
 from edgevlm.train.tags import region_classes, stronger_tags
@@ -225,8 +225,8 @@ def test_check_finds_too_few_positions_before_anything_runs() -> None:
 
 
 def test_the_flow_has_the_stage_only_where_asked_for() -> None:
-    assert flow(load_recipe("test-scenes")) == STAGES
-    stages = flow(load_recipe("test-scenes", [PRETRAIN]))
+    assert stages_of(load_recipe("test-scenes")) == STAGES
+    stages = stages_of(load_recipe("test-scenes", [PRETRAIN]))
     names = [stage.name for stage in stages]
     assert names.index("regions") < names.index("pretrain") < names.index("teacher")
     assert len(names) == len(STAGES) + 1
@@ -282,7 +282,7 @@ def test_a_run_pretrains_and_teacher_and_student_start_there(tmp_path: Path) -> 
                         f"distil.start={tmp_path}/run/pretrain"],
     )  # fmt: skip
     listener = Listener()
-    folders = run(flow(recipe), recipe, tmp_path / "run", until="distil", reporter=listener)
+    folders = run(stages_of(recipe), recipe, tmp_path / "run", until="distil", reporter=listener)
     pretrained = read_manifest(folders["pretrain"], Checkpoint)
     assert {"word_loss_val", "match_accuracy_test"} <= set(pretrained.metrics)
     assert sum(line.startswith(f"  starting from {folders['pretrain']}") for line in listener.said) == 2
