@@ -46,6 +46,7 @@ from edgevlm.report import write_scorecard
 from edgevlm.report.scorecard import join
 from edgevlm.report.terminal import print_scorecard
 from edgevlm.train.answering import train_teacher
+from edgevlm.train.captioning import train_captioner
 from edgevlm.train.detector import load_frames, train_detector
 from edgevlm.train.pairs import train_pairs
 from edgevlm.train.prepare import prepare
@@ -196,17 +197,17 @@ def check_training(recipe: Recipe, data_path: str | None) -> None:
     """
     tee = resolve_tee(recipe.tee)
     create_trunk(tee.trunk, tee.first_level, tee.num_levels)
+    open_reader(recipe.data, recipe.task, recipe.seed, data_path)
+    if recipe.task == "detection":
+        return
     resolve_fusion(recipe.teacher.fusion)
+    if recipe.extractor is not None:
+        read_manifest(Path(recipe.extractor), Checkpoint, check_files=False)
     if recipe.pretrain is not None:
         resolve_fusion(recipe.pretrain.fusion)
         check_pretraining(recipe.pretrain, recipe.text.max_tokens)
         if recipe.pretrain.tagger is not None:
             read_manifest(Path(recipe.pretrain.tagger), Checkpoint, check_files=False)
-    # A text model that cannot be had should not be missed after hours of training the detector.
-    for where in (recipe.text.vocab, recipe.pretrain and recipe.pretrain.start, recipe.teacher.start):
-        if where is not None:
-            find_folder(where)
-    open_reader(recipe.data, recipe.task, recipe.seed, data_path)
 
 
 def check(recipe: Recipe, data_path: str | None) -> None:
@@ -216,6 +217,12 @@ def check(recipe: Recipe, data_path: str | None) -> None:
         RecipeError, TargetError, DataError, CheckpointError: the first mistake.
     """
     check_training(recipe, data_path)
+    if recipe.task == "detection":
+        return
+    # A text model that cannot be had should not be missed after hours of training the detector.
+    for where in (recipe.text.vocab, recipe.pretrain and recipe.pretrain.start, recipe.teacher.start):
+        if where is not None:
+            find_folder(where)
     student = resolve_fusion(recipe.distil.fusion)
     check_rungs(recipe.trim, len(student.layer_heads), resolve_tee(recipe.tee).num_regions)
     for target in recipe.export.targets:
@@ -253,6 +260,9 @@ FINE_TUNING: dict[str, Stage] = {
         "retrieval", train_retrieval, ("detector", *_MODEL), ("data", "task", "retrieval"), everywhere=True
     ),
     "pairs": Stage("pairs", train_pairs, ("detector", *_MODEL), ("task", "pairs"), everywhere=True),
+    "captioning": Stage(
+        "captioning", train_captioner, ("detector", *_MODEL), ("data", "task", "captioning"), everywhere=True
+    ),
 }
 """Section of the recipe -> the stage that ends the flow in its place: such models are not exported."""
 
@@ -260,8 +270,8 @@ FINE_TUNING: dict[str, Stage] = {
 def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
     """The stages of a recipe, in order.
 
-    Detection ends with the detector, for there is nothing to answer; fine-tuning on retrieval or pairs follows the
-    cached regions. Pre-training stands before whatever is trained on the regions.
+    Detection ends with the detector, for there is nothing to answer; fine-tuning on retrieval, pairs or captioning
+    follows the cached regions. Pre-training stands before whatever is trained on the regions.
     """
     names = [stage.name for stage in STAGES]
     if recipe.task == "detection":
