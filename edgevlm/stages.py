@@ -38,6 +38,7 @@ from edgevlm.job import Job
 from edgevlm.manifests import read_manifest, whole_folder, write_manifest
 from edgevlm.models.backbone import create_trunk
 from edgevlm.models.registry import resolve_fusion, resolve_tee
+from edgevlm.models.text_weights import find_folder
 from edgevlm.pipeline import Stage
 from edgevlm.progress import Reporter
 from edgevlm.recipe import BenchSection, Recipe, parse_recipe
@@ -192,7 +193,7 @@ def check_training(recipe: Recipe, data_path: str | None) -> None:
     """Find the mistakes of what `edgevlm train` reads: networks and dataset.
 
     Raises:
-        RecipeError, DataError: the first mistake.
+        RecipeError, DataError, CheckpointError: the first mistake.
     """
     tee = resolve_tee(recipe.tee)
     create_trunk(tee.trunk, tee.first_level, tee.num_levels)
@@ -213,11 +214,15 @@ def check(recipe: Recipe, data_path: str | None) -> None:
     """Find a recipe's mistakes before anything runs: networks, dataset, ladder, targets and their libraries.
 
     Raises:
-        RecipeError, TargetError, DataError: the first mistake.
+        RecipeError, TargetError, DataError, CheckpointError: the first mistake.
     """
     check_training(recipe, data_path)
     if recipe.task == "detection":
         return
+    # A text model that cannot be had should not be missed after hours of training the detector.
+    for where in (recipe.text.vocab, recipe.pretrain and recipe.pretrain.start, recipe.teacher.start):
+        if where is not None:
+            find_folder(where)
     student = resolve_fusion(recipe.distil.fusion)
     check_rungs(recipe.trim, len(student.layer_heads), resolve_tee(recipe.tee).num_regions)
     for target in recipe.export.targets:
