@@ -84,7 +84,7 @@ def train(
     from edgevlm.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from edgevlm.stages import LAST_TRAINING, STAGES, check_training
+    from edgevlm.stages import check_training, last_training, stages_of
 
     check_training(loaded, data)
     if dry_run:
@@ -101,9 +101,10 @@ def train(
     from edgevlm.progress import ConsoleReporter
 
     folder = out or Path("runs") / loaded.name
-    folders = run_stages(STAGES, loaded, folder, data_path=data, until=LAST_TRAINING, reporter=ConsoleReporter())
+    last = last_training(loaded)
+    folders = run_stages(stages_of(loaded), loaded, folder, data_path=data, until=last, reporter=ConsoleReporter())
     if is_main():
-        console.print(f"Trained: {folders[LAST_TRAINING]}")
+        console.print(f"Trained: {folders[last]}")
 
 
 @app.command()
@@ -226,6 +227,24 @@ def ask(
 
 
 @app.command()
+def inspect(
+    network: Annotated[str, typer.Argument(help="An extractor or fusion by name, or a checkpoint folder.")],
+    size: Annotated[str, typer.Option(help="Input of an extractor, pixels: 512, or rows x columns.")] = "512",
+    classes: Annotated[int | None, typer.Option(min=1, help="Object classes; default: MiniVLM's 1591.")] = None,
+    attributes: Annotated[int | None, typer.Option(min=0, help="Attributes; default: MiniVLM's 524.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a network costs: parameters and multiply-adds by part, counted and by formula."""
+    from edgevlm.report import inspection
+
+    parts = inspection.parts_of(network, size, classes, attributes)
+    if as_json:
+        print(json.dumps(inspection.as_dict(network, parts)))
+    else:
+        inspection.print_parts(network, parts, console)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what is installed, what can be verified on this machine, and what is missing."""
     from edgevlm import doctor as examine
@@ -271,7 +290,10 @@ def main() -> None:
     except EdgeVLMError as error:
         if "-v" in sys.argv or "--verbose" in sys.argv:
             raise
-        errors.print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        from edgevlm.processes import rank, world_size
+
+        where = f" (process {rank()})" if world_size() > 1 else ""
+        errors.print(f"[bold red]error{where}:[/] {error}", soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         errors.print("interrupted; the same command goes on from here")

@@ -252,19 +252,18 @@ def render(plan: Plan, console: Console) -> None:
     """The plan as tables for people."""
     total = sum(plan.parameters.values())
     parts = ", ".join(f"{name} {count / 1e6:.2f}" for name, count in plan.parameters.items())
-    console.print(f"[bold]{plan.recipe}[/]  {plan.task} on {plan.dataset}, {plan.processes} processes")
+    many = "1 process" if plan.processes == 1 else f"{plan.processes} processes"
+    console.print(f"[bold]{plan.recipe}[/]  {plan.task} on {plan.dataset}, {many}")
     console.print(f"parameters  {total / 1e6:.2f} million ({parts})")
 
-    splits = Table("split", "images", "texts each", "known answers", "cache MB", box=box.SIMPLE_HEAD, pad_edge=False)
+    splits = _table("split", "images", "texts each", "known answers", "cache MB")
     for split in plan.splits:
         cells = (f"{split.texts_per_image:.1f}", f"{split.known_answers:.0%}")
         splits.add_row(split.name, _number(split.num_images), *cells, _number(split.cache_mb))
     console.print(splits)
 
-    stages = Table(
-        "stage", "trained M", "rows", "steps", "epochs", "batch", "per process", "per piece", "memory MB",
-        box=box.SIMPLE_HEAD, pad_edge=False,
-    )  # fmt: skip
+    titles = ("trained M", "rows", "steps", "epochs", "batch", "per process", "per piece", "memory MB")
+    stages = _table("stage", *titles)
     for stage in plan.stages:
         epochs = "?" if stage.epochs is None else f"{stage.epochs:.1f}"
         sizes = (str(stage.batch), str(stage.per_process), str(stage.per_piece))
@@ -282,6 +281,14 @@ def render(plan: Plan, console: Console) -> None:
     if known:
         more = " and the splits marked ?" if len(known) < len(sizes_mb) else ""
         console.print(f"[dim]region cache on disk: {np.sum(known):,.0f} MB{more}[/]")
+
+
+def _table(first: str, *numbers: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first)
+    for title in numbers:
+        table.add_column(title, justify="right")
+    return table
 
 
 def _number(value: float | None) -> str:

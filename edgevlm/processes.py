@@ -41,13 +41,15 @@ def join() -> None:
     cpu = asked or not torch.accelerator.is_available()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0" and not torch.distributed.is_initialized():
+        from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
         # The launcher's store still holds the addresses of the processes that died: a restart needs names of its own.
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = torch.distributed.TCPStore(*address, is_master=False, timeout=timedelta(minutes=10))
+        store = TCPStore(*address, is_master=False, timeout=timedelta(minutes=10))
         device = "cpu" if cpu else torch.accelerator.current_accelerator().type  # pyright: ignore[reportOptionalMemberAccess]
         torch.distributed.init_process_group(
             torch.distributed.get_default_backend_for_device(device),
-            store=torch.distributed.PrefixStore(f"attempt-{attempt}", store),
+            store=PrefixStore(f"attempt-{attempt}", store),
             rank=rank(),
             world_size=world_size(),
             timeout=TIMEOUT,

@@ -119,6 +119,8 @@ class DetectorSection(TrainSection):
     short_sides_px: tuple[int, ...] = ()
     """Multi-scale training: short sides of the input, one drawn per step; empty = the size of `preprocess` only."""
     augment: AugmentSection | None = None
+    sampling: Literal["hardest", "random"] = "hardest"
+    """Which background is trained on: `random` as in the papers and for photos (`edgevlm.tasks.detection`)."""
     sync_batchnorm: bool = False
     """Share the batch norms' statistics among the processes."""
 
@@ -168,11 +170,16 @@ class PretrainSection(TrainSection):
         return self
 
 
-class TeacherSection(TrainSection):
+class FineTuneSection(TrainSection):
+    """What is trained on the cached regions for a task."""
+
     fusion: Choice
     start: str | None = None
     """Where the fusion starts: a checkpoint folder, a Hugging Face text model's folder, or its name on the hub. None =
-    from the stage `pretrain` where the recipe has one (the teacher), else untrained."""
+    from the stage `pretrain` where the recipe has one (not the student), else untrained."""
+
+
+class TeacherSection(FineTuneSection):
     answer_head: Literal["hidden", "linear"] = "hidden"
     """One hidden layer, or a linear classifier that starts at probability 0.01 per answer (MiniVLM's for VQA)."""
     answer_dropout: float = Field(0.0, ge=0, lt=1)
@@ -184,15 +191,6 @@ class DistilSection(TeacherSection):
     """loss = (1 - kd_weight) x task + kd_weight x distillation (EfficientVLM, section 3)."""
     hidden_weight: float = Field(0.1, ge=0)
     attention_weight: float = Field(1.0, ge=0)
-
-
-class FineTuneSection(TrainSection):
-    """What the fine-tuned tasks share."""
-
-    fusion: Choice | None = None
-    """A new, untrained fusion; None = go on from the stage `pretrain` where the run has one, else from `start`."""
-    start: str | None = None
-    """Folder of a checkpoint of this run's vocabulary and extractor whose fusion is taken over."""
 
 
 class RetrievalSection(FineTuneSection):

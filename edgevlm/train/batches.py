@@ -14,6 +14,8 @@ import torch
 from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor
 
+from edgevlm.errors import TrainingError
+
 Batch = dict[str, Any]
 """Keyword arguments of an objective: tensors, or named tuples of them."""
 
@@ -82,6 +84,21 @@ class Loader:
         share = self.batches.at(step).tensor_split(self.accumulate)
         factor = self.batches.world / self.batches.batch_size
         return [self._piece(self.make_batch(rows), len(rows) * factor) for rows in share]
+
+    def first_pieces(self, step: int) -> list[Piece]:
+        """The pieces of the first step of a run, while nothing else draws random numbers.
+
+        Raises:
+            TrainingError: `make_batch` drew from PyTorch's global generator, and so would not repeat itself.
+        """
+        before = torch.get_rng_state()
+        pieces = self.pieces(step)
+        if not torch.equal(before, torch.get_rng_state()):
+            raise TrainingError(
+                "make_batch drew from PyTorch's global random generator, but runs ahead of the step",
+                "Draw from generator_of(rows), or set loaders: 0",
+            )
+        return pieces
 
     def _piece(self, batch: Batch, weight: float) -> Piece:
         if self._stream is None:

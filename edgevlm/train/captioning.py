@@ -35,7 +35,7 @@ from edgevlm.train.captions import fit_captions, load_captions
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.loop import fit
 from edgevlm.train.regions import RegionSplit, cached_splits
-from edgevlm.train.start import starting_model
+from edgevlm.train.start import fine_tuning_model
 from edgevlm.train.tags import own_tags, region_classes
 
 RESULTS = "captions_{split}.json"
@@ -75,7 +75,7 @@ def train_captioner(job: Job) -> Checkpoint:
     """Cross-entropy on masked words, then CIDEr itself if the recipe says so; metrics on every evaluation split."""
     section = caption_section(job)
     torch.manual_seed(job.recipe.seed + 1)
-    model, manifest = starting_model(job, section, ("words",))
+    model, manifest = fine_tuning_model(job, section, ("words",))
     tee = copy.deepcopy(model.tee)  # names tags on the CPU, wherever the model goes
     tokenizer = Tokenizer(job.inputs["prepare"] / VOCABULARY, manifest.tokenizer)
     train = load_split(job, tee, manifest, section, tokenizer, "train")

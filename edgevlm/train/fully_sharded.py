@@ -47,8 +47,7 @@ def shard(objective: nn.Module, groups: list[dict[str, Any]], bf16: bool) -> Cal
         tensor.data.copy_(broadcast(tensor.data))  # pyright: ignore[reportArgumentType]  (as DDP does)
     before = [(m, m.__class__, {name: getattr(m, name).copy() for name in HOOKS}) for m in objective.modules()]
     names = {id(parameter): name for name, parameter in objective.named_parameters()}
-    numbers = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if bf16 else {}
-    policy = MixedPrecisionPolicy(**numbers)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for module in list(objective.modules()):
         if isinstance(module, Layer):
             fully_shard(module, mp_policy=policy)

@@ -23,7 +23,7 @@ from edgevlm.errors import TrainingError
 from edgevlm.progress import Reporter
 from edgevlm.recipe import TrainSection
 from edgevlm.train import fully_sharded
-from edgevlm.train.batches import Batch, Batches, Loader, generator_of, prefetch, wait_for
+from edgevlm.train.batches import Batch, Batches, Loader, Piece, generator_of, prefetch, wait_for
 from edgevlm.train.optimiser import MovingAverage, make_optimiser, parameter_groups, schedule
 from edgevlm.train.snapshot import load_snapshot, save_snapshot
 
@@ -90,22 +90,20 @@ def fit(
         in which steps waited for their data, 0..1.
 
     Raises:
-        TrainingError: the loss is not finite (the last good snapshot is kept), or a batch has fewer rows than pieces.
+        TrainingError: the loss is not finite (the last good snapshot is kept), a batch has fewer rows than pieces, or
+            `make_batch` draws from the global generator.
     """
     accelerator = start_accelerator(section, work_dir / "tensorboard")
     accelerator.init_trackers(what)
     torch.manual_seed(seed + RANK_SEED * accelerator.process_index)
     groups = groups or parameter_groups(objective, section.lr, section.weight_decay)
     base_lrs = [group["lr"] for group in groups]
-    unshard = None
     if fully_sharded.is_wanted():
-        objective.to(accelerator.device)
-        unshard = fully_sharded.shard(objective, groups, wants_bf16(section))
         wrapped = objective
-        optimiser = optimiser_ = make_optimiser(section, groups, accelerator.device)
+        unshard = fully_sharded.shard(objective.to(accelerator.device), groups, wants_bf16(section))
     else:
-        optimiser = make_optimiser(section, groups, accelerator.device)
-        wrapped, optimiser_ = accelerator.prepare(objective, optimiser)
+        wrapped, unshard = accelerator.prepare(objective), None
+    optimiser = make_optimiser(section, groups, accelerator.device)
     average = MovingAverage(objective, section.ema) if section.ema is not None else None
     snapshot = work_dir / SNAPSHOTS.replace("*", f"{what}.safetensors")
     start = load_snapshot(snapshot, objective, optimiser, key, average)
@@ -124,30 +122,23 @@ def fit(
     logs, totals = Logs(accelerator.device), {}
     read_every = 1 if accelerator.device.type == "cpu" and accelerator.num_processes == 1 else LOG_EVERY
     clock = Clock()
+
+    def pieces_of(step: int) -> list[Piece]:
+        # The first is made while this thread waits for it, so a change of the random state is the batch's doing.
+        return loader.first_pieces(step) if step == start and section.loaders else loader.pieces(step)
+
     objective.train()
     with (
         reporter.bar(what, section.steps) as bar,
-        contextlib.closing(prefetch(loader.pieces, range(start, section.steps), section.loaders)) as ready,
+        contextlib.closing(prefetch(pieces_of, range(start, section.steps), section.loaders)) as ready,
     ):
         for step, pieces, waited in ready:
             for group, lr in zip(optimiser.param_groups, base_lrs, strict=True):
                 group["lr"] = lr * schedule(step, section.steps, section.warmup, section.schedule)
             if before_step is not None:
                 before_step(step)
-            sums: dict[str, Any] = {}
-            for number, piece in enumerate(pieces, 1):
-                # Gradients travel between the processes once per step, with the last piece.
-                waiting = accelerator.no_sync(wrapped) if number < len(pieces) else contextlib.nullcontext()
-                with waiting:
-                    loss, extra = wrapped(**wait_for(piece))
-                    loss = loss if piece.weight == 1 else loss * piece.weight
-                    accelerator.backward(loss)
-                sums["loss"] = sums.get("loss", 0.0) + loss.detach()
-                for name, value in extra.items():
-                    value = value if piece.weight == 1 else value * piece.weight
-                    sums[name] = sums[name] + value if name in sums else value
+            logs.add(step, backward(accelerator, wrapped, pieces))
             accelerator.clip_grad_norm_(trainable, section.clip_norm)
-            logs.add(step, sums)
             last = step + 1 == section.steps
             saving = last or (step + 1) % section.save_every == 0
             if step % read_every == 0 or saving:
@@ -164,8 +155,8 @@ def fit(
                         accelerator.log(values, step=at)
                         note = "  ".join(f"{name} {value:.3f}" for name, value in list(values.items())[:4])
                         bar.update(at + 1, note)
-            optimiser_.step()
-            optimiser_.zero_grad()
+            optimiser.step()
+            optimiser.zero_grad()
             if after_step is not None:
                 after_step(step)
             if average is not None:
@@ -183,6 +174,21 @@ def fit(
         tracker.finish()
     leave(objective, average, unshard)
     return {name: sum(values) / len(values) for name, values in totals.items()} | speed
+
+
+def backward(accelerator: Accelerator, wrapped: nn.Module, pieces: list[Piece]) -> dict[str, Tensor | float]:
+    """Gradients of a step, over all pieces and processes; returns the loss and logs as this process sees them."""
+    sums: dict[str, Any] = {}
+    for number, piece in enumerate(pieces, 1):
+        # Gradients travel between the processes once per step, with the last piece.
+        with accelerator.no_sync(wrapped) if number < len(pieces) else contextlib.nullcontext():
+            loss, logs = wrapped(**wait_for(piece))
+            loss = loss if piece.weight == 1 else loss * piece.weight
+            accelerator.backward(loss)
+        for name, value in {"loss": loss.detach(), **logs}.items():
+            value = value if name == "loss" or piece.weight == 1 else value * piece.weight
+            sums[name] = sums[name] + value if name in sums else value
+    return sums
 
 
 def start_accelerator(section: TrainSection, log_dir: Path) -> Accelerator:

@@ -55,7 +55,7 @@ class MovingAverage:
     def update(self, step: int) -> None:
         """Take in the weights after `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._average, [tensor.detach() for tensor in self._live], 1 - decay)
+        torch._foreach_lerp_(self._average, [tensor.detach() for tensor in self._live], 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def put_in_place(self) -> None:

@@ -168,8 +168,9 @@ def _names(metadata: str) -> set[str]:
 
 def _joined(name: str, parts: list[Tensor | list[str]]) -> Tensor | list[str]:
     """One column of several shards."""
+    words = [word for part in parts if isinstance(part, list) for word in part]
     if isinstance(parts[0], list):
-        return [word for part in parts for word in part]
+        return words
     tensors: list[Tensor] = parts  # pyright: ignore[reportAssignmentType]
     if len({tensor.shape[1:] for tensor in tensors}) > 1:
         pad = next(column.metadata.get("pad", 0) for column in fields(RegionSplit) if column.name == name)

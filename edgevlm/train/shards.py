@@ -1,7 +1,9 @@
 """Tables of tensors as Parquet files: one for the images of a shard, one for the questions about them.
 
-A column is a tensor without its first dimension, of fixed size, uncompressed: so that a row group is copied and not
-decoded. Each file carries a key; a file with another key, or none, counts as missing.
+A row of a column is a piece of a tensor, as fixed-size bytes, required, uncompressed and PLAIN: by the Parquet format a
+page of such a column is its values and nothing else behind the page's header. So any Parquet reader opens the files, and
+here a column can be mapped into memory and indexed without decoding. Each file carries a key; a file with another key,
+or none, counts as missing.
 """
 
 import json
@@ -18,8 +20,10 @@ from torch import Tensor
 
 from edgevlm.errors import CheckpointError
 
-ROW_GROUP = 8
-"""Rows that are read together: what a batch reads too much of, against entries in the file's index."""
+ROW_GROUP = 256
+"""Rows per row group, each one page per column; a page must stay below 2 GB."""
+LARGEST_HEADER = 256
+"""Bytes of a page's header at most; more means that a row group has several pages."""
 
 Table = dict[str, Tensor | list[str]]
 """Column name -> (R, ...) tensor, or R words."""
@@ -49,6 +53,7 @@ def write_table(path: Path, columns: Table, key: str) -> None:
         compression="none",
         use_dictionary=False,
         write_statistics=False,
+        data_page_size=2**31 - 1,  # one page per row group
     )
     temporary.replace(path)
 
@@ -73,6 +78,7 @@ class TableFile:
         self.path, self.key, self._facts = path, facts["key"], facts["columns"]
         self.num_rows: int = self._file.metadata.num_rows
         self._lock = threading.Lock()  # one reader at a time: loader threads share the file
+        self._maps: dict[str, list[np.ndarray]] = {}
 
     def shape(self, column: str) -> tuple[int, ...]:
         """Shape of a tensor column with its first dimension."""
@@ -85,15 +91,31 @@ class TableFile:
         return {name: self._decoded(name, table.column(name)) for name in table.column_names}
 
     def rows(self, column: str, rows: np.ndarray) -> np.ndarray:
-        """Some rows of a tensor column, (len(rows), ...); `rows` are sorted."""
-        out = np.empty((len(rows), *self._facts[column]["shape"]), self._facts[column]["dtype"])
-        groups = rows // ROW_GROUP
-        for group in np.unique(groups):
-            wanted = groups == group
-            with self._lock:
-                table = self._file.read_row_group(int(group), columns=[column])
-            out[wanted] = _numbers(table.column(column), self._facts[column])[rows[wanted] - group * ROW_GROUP]
-        return out
+        """Some rows of a tensor column, (len(rows), ...), copied from the mapped file; `rows` are sorted."""
+        with self._lock:
+            groups = self._maps.get(column) or self._maps.setdefault(column, self._mapped(column))
+        owner = rows // ROW_GROUP
+        return np.concatenate([groups[g][rows[owner == g] - g * ROW_GROUP] for g in np.unique(owner)])
+
+    def _mapped(self, column: str) -> list[np.ndarray]:
+        """The column of each row group as an array over the file.
+
+        Raises:
+            CheckpointError: the file was not written by `write_table`.
+        """
+        facts, metadata = self._facts[column], self._file.metadata
+        place = self._file.schema_arrow.get_field_index(column)
+        width = np.dtype(facts["dtype"]).itemsize * math.prod(facts["shape"])
+        groups = []
+        for number in range(metadata.num_row_groups):
+            chunk = metadata.row_group(number).column(place)
+            header = chunk.total_compressed_size - chunk.num_values * width
+            plain = chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page
+            if not (plain and 0 < header < LARGEST_HEADER):
+                raise CheckpointError(f"{self.path} is not laid out to be mapped", "Cache the regions again")
+            shape = (chunk.num_values, *facts["shape"])
+            groups.append(np.memmap(self.path, facts["dtype"], "r", chunk.data_page_offset + header, shape))
+        return groups
 
     def _decoded(self, name: str, column: pa.ChunkedArray) -> Tensor | list[str]:
         if name not in self._facts:
@@ -132,4 +154,4 @@ class MappedColumn:
             file = self._files[number]
             first = self._ends[number] - file.num_rows
             parts.append(file.rows(self._column, unique[owner == number] - first)[:, cut])
-        return torch.from_numpy(np.concatenate(parts)[back].astype(np.float32, copy=False))
+        return torch.from_numpy(np.concatenate(parts))[torch.from_numpy(back)].float()

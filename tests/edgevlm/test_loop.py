@@ -1,5 +1,6 @@
 """The loop learns, resumes bitwise, and stops at NaN with the last good state kept."""
 
+import contextlib
 import threading
 import time
 from pathlib import Path
@@ -323,6 +324,29 @@ def test_stall_share_is_the_time_spent_waiting(tmp_path: Path) -> None:
         )["stall_share"]
     assert shares[0] > 0.2
     assert shares[1] < 0.5 * shares[0]
+
+
+def test_a_batch_that_draws_global_random_numbers_is_refused(tmp_path: Path) -> None:
+    """It is made ahead of its step, so the numbers would depend on how far ahead; without loader threads they do not."""
+
+    def noisy(rows: Tensor) -> dict[str, Tensor]:
+        return {"x": X[rows] + torch.randn(len(rows), 4), "y": Y[rows]}
+
+    for loaders in (0, 1):
+        section = TrainSection(steps=4, batch_size=16, loaders=loaders)
+        expected = pytest.raises(TrainingError, match="generator_of") if loaders else contextlib.nullcontext()
+        with expected:
+            fit(
+                Noisy(),
+                len(X),
+                noisy,
+                section,
+                what=f"n{loaders}",
+                work_dir=tmp_path,
+                key="k",
+                seed=1,
+                reporter=Reporter(),
+            )
 
 
 def test_random_numbers_of_a_batch_depend_on_its_rows_alone() -> None:

@@ -101,19 +101,24 @@ def test_sharded_weights_train_like_one_process_and_resume(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_the_pipeline_runs_on_two_processes_with_one_writer(tmp_path: Path) -> None:
-    """`edgevlm train` up to the teacher: both take part in detector, regions and teacher; only the main one prints."""
-    options = ["train", "--recipe", "test-scenes", "--out", str(tmp_path / "run")]
-    options += ["--set", "regions.shard_images=16", "--set", "teacher.steps=4"]
-    (first, out, said), (second, silent_out, silent) = finish(start(2, "edgevlm.cli", *options))
-    assert (first, second) == (0, 0), said + silent
-    assert "teacher: accuracy" in said and "Trained:" in out
-    assert (silent_out.strip(), silent.strip()) == ("", "")
+    """Both take part in every stage that trains, and leave the same artifacts; only the main one prints."""
     run = tmp_path / "run"
-    assert sorted(path.name for path in run.iterdir()) == ["detector", "prepare", "regions", "run.json", "teacher"]
-    for name, kind in (("detector", Checkpoint), ("regions", RegionCache), ("teacher", Checkpoint)):
-        read_manifest(run / name, kind)  # every file is whole: its hash is the manifest's
+    options = ["--out", str(run), "--set", "regions.shard_images=16", "--set", "export.targets=[onnx]"]
+    (first, _, said), (second, silent_out, silent) = finish(
+        start(2, "edgevlm.cli", "run", "test-scenes", "--until", "trim", *options)
+    )
+    assert (first, second) == (0, 0), said + silent
+    assert "teacher: accuracy" in said and "rung b3: accuracy" in said
+    assert (silent_out.strip(), silent.strip()) == ("", "")
+    trained = ["detector", "distil", "prune", "teacher", "trim"]
+    assert sorted(path.name for path in run.iterdir()) == sorted([*trained, "prepare", "regions", "run.json"])
+    for name in trained:
+        read_manifest(run / name, Checkpoint)  # every file is whole: its hash is the manifest's
     assert read_manifest(run / "regions", RegionCache).num_images == {"train": 64, "val": 24, "test": 24}
     assert len(open_shards(run / "regions", "train")) == 4, "two shards from each process"
-    again = finish(start(2, "edgevlm.cli", *options))
-    assert [code for code, _, _ in again] == [0, 0], again
-    assert again[0][2].count("done before") == 4
+    (first, out, said), (second, silent_out, silent) = finish(
+        start(2, "edgevlm.cli", "train", "--recipe", "test-scenes", *options)
+    )
+    assert (first, second) == (0, 0), said + silent
+    assert said.count("done before") == 4 and f"Trained: {run / 'teacher'}" in out.replace("\n", "")
+    assert (silent_out.strip(), silent.strip()) == ("", "")

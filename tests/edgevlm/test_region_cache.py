@@ -10,21 +10,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgevlm.artifacts import VOCABULARY, Checkpoint, ModelConfig, Provenance
 from edgevlm.data.frames import materialise, materialise_shards
 from edgevlm.data.scenes import Scenes
+from edgevlm.data.text import Tokenizer
 from edgevlm.errors import CheckpointError, DataError
+from edgevlm.job import Job
+from edgevlm.models import vlm
+from edgevlm.models.registry import FUSIONS, TEES
+from edgevlm.recipe import load_recipe
+from edgevlm.train import regions
+from edgevlm.train.checkpoints import save_checkpoint
+from edgevlm.train.prepare import prepare
 from edgevlm.train.regions import RegionSplit, cached_splits, open_shards, shard_is_done, shard_path
 from edgevlm.train.shards import MappedColumn, TableFile, write_table
 from tests.edgevlm.tiny import SPEC, tiny_ids, tiny_regions
 
 
 def a_split(num_images: int, per_image: int = 3, seed: int = 0) -> RegionSplit:
-    regions, count = tiny_regions(num_images, seed), num_images * per_image
+    found, count = tiny_regions(num_images, seed), num_images * per_image
     generator = torch.Generator().manual_seed(seed)
     return RegionSplit(
-        regions.features_BND,
-        regions.boxes_norm_BN4,
-        regions.scores_BN,
+        found.features_BND,
+        found.boxes_norm_BN4,
+        found.scores_BN,
         torch.arange(num_images).repeat_interleave(per_image),
         tiny_ids(count, seed=seed),
         torch.randint(0, 4, (count,), generator=generator),
@@ -114,6 +123,29 @@ def column_files(tmp_path_factory: pytest.TempPathFactory) -> list[TableFile]:
     return [images for images, _ in open_shards(folder, "train")]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_mapped_rows_are_what_pyarrow_decodes(tmp_path: Path, dtype: str) -> None:
+    """Over several row groups and pages of more than a megabyte, Parquet's usual limit for a page."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(700, 40, 96, generator=generator).to(getattr(torch, dtype))
+    write_table(tmp_path / "t.parquet", {"first": torch.arange(700), "x": values}, "k")
+    file = TableFile(tmp_path / "t.parquet")
+    rows = np.array([0, 1, 255, 256, 511, 512, 699])
+    decoded = pq.read_table(tmp_path / "t.parquet").column("x")
+    expected = np.stack([np.frombuffer(decoded[int(r)].as_py(), dtype).reshape(40, 96) for r in rows])
+    assert np.array_equal(file.rows("x", rows), expected)
+    assert np.array_equal(expected, values[rows].numpy())
+    assert np.array_equal(file.rows("first", rows), rows)
+
+
+def test_a_file_of_another_layout_is_not_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    write_table(path, {"x": torch.rand(300, 512)}, "k")
+    pq.write_table(pq.read_table(path), path, data_page_size=4096, use_dictionary=False, compression="none")
+    with pytest.raises(CheckpointError, match="laid out"):
+        TableFile(path).rows("x", np.array([3]))
+
+
 def test_any_reader_of_parquet_opens_it(tmp_path: Path) -> None:
     """Plain pyarrow sees the columns, and the bytes of a row are the numbers."""
     split = a_split(5)
@@ -156,6 +188,62 @@ def test_damaged_foreign_and_missing_shards_are_noticed(tmp_path: Path) -> None:
         RegionSplit.load(tmp_path, "train")
     with pytest.raises(CheckpointError, match="No cached regions of split 'val'"):
         RegionSplit.load(tmp_path, "val")
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """A job for stage `regions` behind a random detector: 130 training images, 64 to a shard."""
+    settings = ["data.num_train=130", "data.num_val=3", "data.num_test=3", "regions.shard_images=64"]
+    recipe = load_recipe("test-scenes", settings)
+    folders = {name: tmp_path / name for name in ("prepare", "detector", "regions")}
+    for folder in folders.values():
+        folder.mkdir()
+    provenance = Provenance(stage="test", key="k")
+    vocabulary = prepare(Job(recipe, {}, folders["prepare"], provenance))
+    torch.manual_seed(0)
+    specs = {"preprocess": vocabulary.preprocess, "tokenizer": vocabulary.tokenizer, "labels": vocabulary.labels}
+    config = ModelConfig(tee=TEES["test-tee"], fusion=FUSIONS["none"])
+    manifest = Checkpoint(provenance=provenance, model=config, task="detection", **specs)
+    save_checkpoint(folders["detector"], vlm.build(manifest), folders["prepare"] / VOCABULARY, manifest)
+    return Job(recipe, folders, folders["regions"], provenance)
+
+
+def test_a_killed_stage_keeps_its_shards_and_ends_with_the_direct_result(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards are whole batches of 64 images here, so the features are those of one pass over all images, bitwise."""
+    made: list[int] = []
+    original = regions.extract
+
+    def killed_at_the_third(*arguments):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(len(arguments[1]))
+        return original(*arguments)
+
+    monkeypatch.setattr(regions, "extract", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        regions.cache_regions(job)
+    assert made == [64, 64]
+    monkeypatch.setattr(regions, "extract", lambda *a: made.append(len(a[1])) or original(*a))
+    cache = regions.cache_regions(job)
+    assert made == [64, 64, 2, 3, 3], "nothing twice"
+    assert cache.num_images == {"train": 130, "val": 3, "test": 3}
+
+    model, manifest = vlm.load(job.inputs["detector"])
+    tokenizer = Tokenizer(job.inputs["detector"] / VOCABULARY, manifest.tokenizer)
+    reader = Scenes("vqa", job.recipe.seed, job.recipe.data.texts_per_image)
+    frames = materialise(reader, "train", 130, job.recipe.preprocess)
+    assert_same(original(model.tee, frames, tokenizer, manifest.labels), RegionSplit.load(job.out_dir, "train"))
+
+
+def test_another_detector_makes_another_key(job: Job) -> None:
+    manifest = vlm.load(job.inputs["detector"])[1]
+    changed = manifest.model_copy(update={"files": {**manifest.files, "model.safetensors": "0" * 64}})
+    resized = manifest.model_copy(update={"preprocess": manifest.preprocess.model_copy(update={"height": 96})})
+    keys = {regions.cache_key(m, "train", "float32") for m in (manifest, changed, resized)}
+    keys |= {regions.cache_key(manifest, "val", "float32"), regions.cache_key(manifest, "train", "float16")}
+    assert len(keys) == 5
 
 
 def test_shards_with_different_columns_are_noticed(tmp_path: Path) -> None:
