@@ -7,15 +7,18 @@ counts there) is learnt beside its truth: without it, training does not leave ch
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from torch import Tensor, nn
 
+from edgevlm import processes
 from edgevlm.artifacts import Checkpoint
+from edgevlm.errors import RecipeError
 from edgevlm.job import Job
 from edgevlm.models import vlm
-from edgevlm.models.registry import resolve_fusion
+from edgevlm.models.registry import resolve_fusion, resolve_tee
 from edgevlm.models.vlm import VLM
+from edgevlm.recipe import Recipe
 from edgevlm.train.answering import (
+    answering_model,
     evaluate,
     fit_answers,
     freeze_extractor,
@@ -76,6 +79,24 @@ class ReasoningObjective(nn.Module):
         return loss, logs
 
 
+def check_synthetic(recipe: Recipe) -> None:
+    """Raise RecipeError for drawn sentences that the rest of the recipe cannot use."""
+    if recipe.synthetic is None:
+        return
+    drawn, teacher = (resolve_fusion(section.fusion) for section in (recipe.synthetic, recipe.teacher))
+    if drawn.model_copy(update={"dropout": teacher.dropout}) != teacher or recipe.teacher.answer_head != "hidden":
+        raise RecipeError(
+            "The teacher goes on from stage `synthetic`, but is of another shape",
+            "Give teacher.fusion what synthetic.fusion has (dropout may differ), and the answer head `hidden`",
+        )
+    if len(drawn.parts) != 3:
+        raise RecipeError("Drawn scenes have three boxes", "Name them in synthetic.fusion.parts, as recipe nlvr does")
+    if resolve_tee(recipe.tee).region_feature != "tags":
+        raise RecipeError("Drawn scenes have no pixels", "Set tee.region_feature: tags")
+    if recipe.pretrain is not None:
+        raise RecipeError("A recipe has `pretrain` or `synthetic`", "Remove one of them")
+
+
 def pretrain_reasoning(job: Job) -> Checkpoint:
     """Train a fusion on drawn sentences and scenes alone: no image, no label of the dataset."""
     recipe, section = job.recipe, synthetic_section(job)
@@ -85,7 +106,7 @@ def pretrain_reasoning(job: Job) -> Checkpoint:
     drawn = open_drawn(job, recipe.seed + 5)
     objective = ReasoningObjective(model, recipe.referred_weight, section.trace_weight)
     sentences = max(1, section.batch_size // section.scenes_per_sentence)
-    world = PartialState().num_processes
+    world = processes.world_size()
 
     def make_batch(rows: Tensor) -> Batch:
         batch, trace = drawn.batch(int(rows[0]), sentences)
@@ -114,7 +135,7 @@ def finetune_reasoning(job: Job) -> Checkpoint:
     detector, _ = vlm.load(job.inputs["detector"])
     pretrained, manifest = vlm.load(job.inputs["synthetic"])
     torch.manual_seed(recipe.seed + 1)
-    model = with_fusion(detector, manifest, resolve_fusion(section.fusion))
+    model = answering_model(detector, manifest, section)
     model.load_state_dict(pretrained.state_dict())
     objective = ReasoningObjective(model, recipe.referred_weight, synthetic.trace_weight, synthetic.label_smoothing)
     fit_answers(objective, model, job, section, what="teacher", seed=recipe.seed + 1, with_trace=True)

@@ -17,12 +17,11 @@ from edgevlm.manifests import write_manifest
 from edgevlm.models.registry import FUSIONS, TEES
 from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM, load
-from edgevlm.pipeline import active
 from edgevlm.recipe import Recipe, load_recipe
-from edgevlm.stages import STAGES
+from edgevlm.stages import stages_of
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.drawn import Drawn, join, open_drawn, shuffle_parts
-from edgevlm.train.reasoning import finetune_reasoning, pretrain_reasoning
+from edgevlm.train.reasoning import check_synthetic, finetune_reasoning, pretrain_reasoning
 from edgevlm.train.regions import AnswerBatch, RegionSplit
 from tests.edgevlm.test_nlvr_pairs import _records
 from tests.edgevlm.tiny import SPEC, tiny_vlm
@@ -185,8 +184,22 @@ def test_a_student_can_start_as_its_teacher() -> None:
 
 
 def test_stage_synthetic_is_there_only_when_asked_for() -> None:
-    with_it, without = (active(STAGES, load_recipe(name)) for name in ("nlvr", "nlvr-tiny"))
-    assert [s.name for s in with_it if s not in without and s.name == "synthetic"] == ["synthetic"]
+    with_it, without = (stages_of(load_recipe(name)) for name in ("nlvr", "nlvr-tiny"))
+    names = [stage.name for stage in with_it]
+    assert names[:5] == ["prepare", "detector", "regions", "synthetic", "teacher"]
+    assert "synthetic" in with_it[4].inputs
     assert "synthetic" not in {name for stage in without for name in (stage.name, *stage.inputs)}
-    teacher = next(stage for stage in with_it if stage.name == "teacher")
-    assert "synthetic" in teacher.inputs
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("teacher.fusion.hidden=128", "another shape"),
+        ("tee.region_feature=hidden", "no pixels"),
+        ("synthetic.fusion.parts=[]", "another shape"),
+    ],
+)
+def test_mistakes_are_found_before_training(change: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        check_synthetic(load_recipe("nlvr", [change]))
+    check_synthetic(load_recipe("nlvr"))
