@@ -22,6 +22,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+data_app = typer.Typer(help="Look at datasets before training on them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
@@ -58,11 +60,11 @@ def run(
     loaded = load_recipe(recipe, overrides)  # a typo is found before torch is even loaded
     from edgevlm.pipeline import run as run_stages
     from edgevlm.progress import ConsoleReporter
-    from edgevlm.stages import STAGES, check, show_scorecard
+    from edgevlm.stages import check, show_scorecard, stages_of
 
     check(loaded, data)
     folder = out or Path("runs") / loaded.name
-    folders = run_stages(STAGES, loaded, folder, data_path=data, until=until, reporter=ConsoleReporter())
+    folders = run_stages(stages_of(loaded), loaded, folder, data_path=data, until=until, reporter=ConsoleReporter())
     if "scorecard" in folders:
         show_scorecard(folders["scorecard"], folders["export"], console)
 
@@ -233,6 +235,27 @@ def doctor(as_json: Json = False) -> None:
         print(json.dumps(examine.as_dict(findings)))
     else:
         examine.render(findings, console)
+
+
+@data_app.command("check")
+def check_data(
+    dataset: Annotated[str, typer.Argument(help="A recipe, or a folder or .jsonl file (or URL) of your own data.")],
+    data: Data = None,
+    split: Annotated[list[str] | None, typer.Option(help="Repeat for several; default: all.")] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Read every record without training; say what is wrong, with file and line; exits 1 if anything is."""
+    from edgevlm.data import check as checking
+    from edgevlm.progress import ConsoleReporter
+
+    report = checking.check(dataset, data, split, overrides, ConsoleReporter())
+    if as_json:
+        print(json.dumps(checking.as_dict(report)))
+    else:
+        checking.render(report, console)
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 @app.command()

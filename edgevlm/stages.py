@@ -4,6 +4,7 @@ Each function fits one step of the packages below to `stage(job) -> artifact`; w
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from edgevlm.artifacts import (
     Gate,
     ParityReport,
     Provenance,
+    RegionCache,
     Scorecard,
+    Vocabulary,
     digest,
 )
 from edgevlm.bench.local import bench_bundle
@@ -43,8 +46,12 @@ from edgevlm.report.scorecard import join
 from edgevlm.report.terminal import print_scorecard
 from edgevlm.train.answering import train_teacher
 from edgevlm.train.detector import load_frames, train_detector
+from edgevlm.train.pairs import train_pairs
 from edgevlm.train.prepare import prepare
+from edgevlm.train.pretraining import check_pretraining, pretrain
 from edgevlm.train.regions import cache_regions
+from edgevlm.train.retrieval import train_retrieval
+from edgevlm.train.transfer import adopt_extractor
 from targets.base import check_target, load_exporter
 
 CALIBRATION_POOL = 500
@@ -58,7 +65,12 @@ def _questions(job: Job, checkpoint: Path, split: str, num_images: int) -> tuple
     manifest = read_manifest(checkpoint, Checkpoint)
     frames = load_frames(job, split, num_images)
     tokenizer = Tokenizer(checkpoint / VOCABULARY, manifest.tokenizer)
-    return frames, make_questions(frames, tokenizer, manifest.labels), manifest
+    return frames, make_questions(frames, tokenizer, manifest.labels).known(), manifest
+
+
+def detector(job: Job) -> Checkpoint:
+    """Train the extractor, or take the one that the recipe names."""
+    return train_detector(job) if job.recipe.extractor is None else adopt_extractor(job)
 
 
 def calibrate(job: Job) -> CalibrationSet:
@@ -140,7 +152,11 @@ def score(job: Job) -> Scorecard:
         if "accuracy_dev" in checkpoint.metrics:  # datasets that publish both are reported on both
             training[f"{name} (dev)"] = checkpoint.metrics["accuracy_dev"]
     detector = read_manifest(job.inputs["detector"], Checkpoint, check_files=False)
-    stages = {"detector": detector, **checkpoints, "export": bundle, "verify": parity, "bench": latency}
+    vocabulary = read_manifest(job.inputs["prepare"], Vocabulary, check_files=False)
+    regions = read_manifest(job.inputs["regions"], RegionCache, check_files=False)
+    calibration = read_manifest(job.inputs["calibrate"], CalibrationSet, check_files=False)
+    stages = {"prepare": vocabulary, "detector": detector, "regions": regions, **checkpoints}
+    stages |= {"calibrate": calibration, "export": bundle, "verify": parity, "bench": latency}
     seconds = {name: artifact.provenance.seconds for name, artifact in stages.items()}
     gates = run_gates(job.recipe, checkpoints)
     scorecard = join(parity, latency, bundle, training, seconds, gates, job.provenance)
@@ -180,6 +196,11 @@ def check_training(recipe: Recipe, data_path: str | None) -> None:
     tee = resolve_tee(recipe.tee)
     create_trunk(tee.trunk, tee.first_level, tee.num_levels)
     resolve_fusion(recipe.teacher.fusion)
+    if recipe.pretrain is not None:
+        resolve_fusion(recipe.pretrain.fusion)
+        check_pretraining(recipe.pretrain, recipe.text.max_tokens)
+        if recipe.pretrain.tagger is not None:
+            read_manifest(Path(recipe.pretrain.tagger), Checkpoint, check_files=False)
     open_reader(recipe.data, recipe.task, recipe.seed, data_path)
 
 
@@ -198,11 +219,12 @@ def check(recipe: Recipe, data_path: str | None) -> None:
             check_target(target, precision)
 
 
+_DATA = ("data", "task", "preprocess")
 _MODEL = ("prepare", "regions")
 STAGES: tuple[Stage, ...] = (
     Stage("prepare", prepare, (), ("data", "task", "preprocess", "text")),
-    Stage("detector", train_detector, ("prepare",), ("data", "task", "preprocess", "tee", "detector"), everywhere=True),
-    Stage("regions", cache_regions, ("detector",), ("data", "task", "preprocess", "regions"), everywhere=True),
+    Stage("detector", detector, ("prepare",), (*_DATA, "tee", "extractor", "detector"), everywhere=True),
+    Stage("regions", cache_regions, ("detector",), (*_DATA, "regions"), everywhere=True),
     Stage("teacher", train_teacher, ("detector", *_MODEL), ("task", "teacher", "referred_weight"), everywhere=True),
     Stage("distil", distil, ("detector", "teacher", *_MODEL), ("task", "distil", "referred_weight"), everywhere=True),
     Stage("prune", prune, ("teacher", "distil", *_MODEL), ("prune", "referred_weight"), everywhere=True),
@@ -211,12 +233,43 @@ STAGES: tuple[Stage, ...] = (
     Stage("export", export, ("trim", "calibrate"), ("name", "export")),
     Stage("verify", verify, ("trim", "export"), ("data", "verify")),
     Stage("bench", bench, ("trim", "export"), ("bench",)),
-    Stage("scorecard", score, ("detector", *TRAINED, "export", "verify", "bench"), ("gates",)),
+    Stage("scorecard", score, (*_MODEL, "detector", *TRAINED, "calibrate", "export", "verify", "bench"), ("gates",)),
 )
 """The flow: each stage reads only artifacts of stages above it."""
 
 LAST_TRAINING = "teacher"
 """Where `edgevlm train` ends: behind it models are compressed and exported."""
+PRETRAIN = Stage("pretrain", pretrain, ("detector", "regions"), ("data", "task", "pretrain"), everywhere=True)
+"""Before the teacher, in recipes that have this section."""
+
+
+FINE_TUNING: dict[str, Stage] = {
+    "retrieval": Stage(
+        "retrieval", train_retrieval, ("detector", *_MODEL), ("data", "task", "retrieval"), everywhere=True
+    ),
+    "pairs": Stage("pairs", train_pairs, ("detector", *_MODEL), ("task", "pairs"), everywhere=True),
+}
+"""Section of the recipe -> the stage that ends the flow in its place: such models are not exported."""
+
+
+def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages of a recipe, in order.
+
+    Detection ends with the detector, for there is nothing to answer; fine-tuning on retrieval or pairs follows the
+    cached regions. Pre-training stands before whatever is trained on the regions.
+    """
+    names = [stage.name for stage in STAGES]
+    if recipe.task == "detection":
+        return STAGES[: 1 + names.index("detector")]
+    at = 1 + names.index("regions")
+    before, behind = STAGES[:at], STAGES[at:]
+    ends = tuple(stage for section, stage in FINE_TUNING.items() if getattr(recipe, section) is not None)
+    if ends:
+        behind = ends
+    if recipe.pretrain is not None:
+        first = replace(behind[0], inputs=(*behind[0].inputs, PRETRAIN.name))
+        behind = (PRETRAIN, first, *behind[1:])
+    return (*before, *behind)
 
 
 def show_scorecard(folder: Path, bundle: Path, console: Console) -> None:

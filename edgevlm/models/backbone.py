@@ -4,11 +4,16 @@ The two follow EfficientNet-Lite (no squeeze-excite, ReLU6: what int8 and NPUs l
 early stages, where depthwise convolutions leave most of an int8 core idle.
 """
 
+import pickle
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
-from edgevlm.errors import RecipeError, nearest
+from edgevlm.errors import CheckpointError, RecipeError, nearest
 from edgevlm.models._torchvision import ensure_importable
 
 ensure_importable()
@@ -67,3 +72,64 @@ def create_trunk(name: str, first_level: int, num_levels: int) -> nn.Module:
     return timm.create_model(
         name, features_only=True, pretrained=False, out_indices=tuple(level - 1 for level in levels)
     )
+
+
+def load_trunk(trunk: nn.Module, name: str, source: str) -> None:
+    """Put pre-trained weights into a trunk of `create_trunk(name, ...)`.
+
+    Args:
+        trunk: changed in place.
+        name: timm model name.
+        source: `hub` for timm's own weights of that name (downloaded once, then cached), or a .safetensors or .pth
+            file of them. A file may hold the whole classifier: modules that the trunk lacks are left out.
+
+    Raises:
+        CheckpointError: no such weights, an unsafe or damaged file, or weights that do not fit.
+    """
+    weights = _hub_weights(name) if source == "hub" else _file_weights(Path(source))
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    modules = {key.partition(".")[0] for key in trunk.state_dict()}
+    weights = {key: value for key, value in weights.items() if key.partition(".")[0] in modules}
+    try:
+        missing, unexpected = trunk.load_state_dict(weights, strict=False)
+    except RuntimeError as problem:
+        reason = str(problem).splitlines()[-1].strip()
+        raise CheckpointError(
+            f"{source} does not fit the trunk {name} ({reason})", f"Give weights of {name}"
+        ) from problem
+    # Counters of batches, which older files lack, decide nothing at inference.
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    if missing or unexpected:
+        parts = [
+            f"{len(keys)} {kind}, first {keys[0]}"
+            for kind, keys in (("missing", missing), ("unknown", unexpected))
+            if keys
+        ]
+        raise CheckpointError(f"{source} does not fit the trunk {name} ({'; '.join(parts)})", f"Give weights of {name}")
+
+
+def _hub_weights(name: str) -> dict[str, torch.Tensor]:
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as problem:  # the hub's client, its cache and the network raise nearly anything
+        raise CheckpointError(
+            f"No pre-trained weights of {name} ({' '.join(str(problem).split())[:200]})",
+            "Check the network, or put the file here and name it in detector.trunk_weights",
+        ) from problem
+
+
+def _file_weights(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist", "Check detector.trunk_weights")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as problem:
+        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        raise CheckpointError(f"{path} cannot be read safely ({reason})", "Save it as .safetensors") from problem
+    for wrapper in ("state_dict_ema", "state_dict", "model"):
+        value = value.get(wrapper, value) if isinstance(value, dict) else value
+    if not isinstance(value, dict) or not all(isinstance(entry, torch.Tensor) for entry in value.values()):
+        raise CheckpointError(f"{path} holds no table of weights", "Give a model's state_dict")
+    return value

@@ -20,13 +20,25 @@ from effdet.efficientdet import BiFpn, FpnCombine, Interpolate2d, get_feat_sizes
 class NearestResize(nn.Module):
     """Nearest-neighbour resize to a static size by `index_select`; PyTorch's rule: floor(i * in / out)."""
 
+    rows: Tensor
+    columns: Tensor
+
     def __init__(self, input_size: tuple[int, int], output_size: tuple[int, int]) -> None:
         super().__init__()
-        for name, n_in, n_out in zip(("rows", "columns"), input_size, output_size, strict=True):
-            self.register_buffer(name, torch.arange(n_out) * n_in // n_out, persistent=False)
+        for name in ("rows", "columns"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.long), persistent=False)
+        self.set_sizes(input_size, output_size)
+
+    def set_sizes(self, input_size: tuple[int, int], output_size: tuple[int, int]) -> None:
+        """From now on, resize maps of `input_size` (rows, columns) to `output_size`."""
+        device = self.rows.device
+        self.rows, self.columns = (
+            torch.arange(n_out, device=device) * n_in // n_out
+            for n_in, n_out in zip(input_size, output_size, strict=True)
+        )
 
     def forward(self, maps_BCHW: Tensor) -> Tensor:
-        return maps_BCHW.index_select(2, self.rows).index_select(3, self.columns)  # pyright: ignore
+        return maps_BCHW.index_select(2, self.rows).index_select(3, self.columns)
 
 
 class WeightedSum(nn.Module):
@@ -77,13 +89,27 @@ def create_bifpn(
     )
     config.fpn_config = get_fpn_config(None, min_level=first_level, max_level=max_level)
     bifpn = BiFpn(config, [{"num_chs": channels_in, "reduction": 0} for channels_in in in_channels])
-    sizes = get_feat_sizes(image_size, max_level=max_level)
     for cell in bifpn.cell:
-        nodes = get_fpn_config(None, min_level=first_level, max_level=max_level).nodes
-        for fnode, node in zip(cell.fnode, nodes, strict=True):  # pyright: ignore
-            output_size = sizes[node["feat_level"]]
-            for resample in fnode.combine.resample.values():  # pyright: ignore
+        for fnode in cell.fnode:  # pyright: ignore
+            for resample in fnode.combine.resample.values():
                 if isinstance(getattr(resample, "upsample", None), Interpolate2d):
-                    resample.upsample = NearestResize(resample.input_size, output_size)
-            fnode.combine = WeightedSum(fnode.combine)  # pyright: ignore
+                    resample.upsample = NearestResize((1, 1), (1, 1))
+            fnode.combine = WeightedSum(fnode.combine)
+    resize_bifpn(bifpn, image_size, first_level, num_levels)
     return bifpn
+
+
+def resize_bifpn(bifpn: nn.Module, image_size: tuple[int, int], first_level: int, num_levels: int) -> None:
+    """Fit the upsampling to images of another size (rows, columns); everything else fits any size.
+
+    Its max pooling halves every side, rounding up, as the trunk does, as long as a map has more than one cell.
+    """
+    max_level = first_level + num_levels - 1
+    sizes = get_feat_sizes(image_size, max_level=max_level)
+    nodes = get_fpn_config(None, min_level=first_level, max_level=max_level).nodes
+    for cell in bifpn.cell:  # pyright: ignore
+        for fnode, node in zip(cell.fnode, nodes, strict=True):
+            level = node["feat_level"]
+            for resample in fnode.combine.resample.values():
+                if isinstance(getattr(resample, "upsample", None), NearestResize):
+                    resample.upsample.set_sizes(sizes[level + 1], sizes[level])

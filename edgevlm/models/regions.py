@@ -6,6 +6,7 @@ Boxes are (x1, y1, x2, y2) in pixels of the model's input unless a name ends in 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MAX_LOG_SCALE = math.log(1000.0 / 16)  # as in Faster R-CNN: keeps exp() finite on untrained nets
@@ -97,6 +98,38 @@ def roi_align(map_BCHW: Tensor, boxes_BR4: Tensor, stride: int, size: int, sampl
     rows = rows.reshape(batch, num_rois, size * channels, width)
     pooled = torch.matmul(rows, wx.transpose(2, 3))  # (B, R, size * C, size)
     return pooled.reshape(batch, num_rois, size, channels, size).transpose(2, 3)
+
+
+def pool_gathered(
+    maps: list[Tensor], boxes_BR4: Tensor, levels_BRL: Tensor, strides: list[int], size: int, samples: int = 2
+) -> Tensor:
+    """`roi_align` of each box on its own level only; (B, R, C, size, size).
+
+    The same numbers from the few cells under a box instead of a product with the whole map: for training, where
+    nothing has to be exported (`grid_sample` is what converters differ on).
+    """
+    batch, num_rois = boxes_BR4.shape[:2]
+    steps = (torch.arange(size * samples, device=boxes_BR4.device) + 0.5) / (size * samples)
+    corners, sizes = boxes_BR4[..., :2], boxes_BR4[..., 2:] - boxes_BR4[..., :2]
+    points_BRSP = corners.unsqueeze(-1) + sizes.unsqueeze(-1) * steps  # (B, R, x and y, points), pixels
+    xs = points_BRSP[:, :, 0].unsqueeze(2).expand(-1, -1, len(steps), -1)
+    ys = points_BRSP[:, :, 1].unsqueeze(3).expand(-1, -1, -1, len(steps))
+    pooled = maps[0].new_zeros(batch, num_rois, maps[0].shape[1], size, size)
+    places, parts = [], []
+    for i, (x, stride) in enumerate(zip(maps, strides, strict=True)):
+        for b, image_CHW in enumerate(x.unbind(0)):
+            rows = torch.nonzero(levels_BRL[b, :, i]).squeeze(1)
+            if not len(rows):
+                continue
+            scale_x, scale_y = 2.0 / (stride * x.shape[3]), 2.0 / (stride * x.shape[2])
+            grid = torch.stack([xs[b, rows] * scale_x - 1.0, ys[b, rows] * scale_y - 1.0], dim=-1).to(x.dtype)
+            values = F.grid_sample(
+                image_CHW.unsqueeze(0), grid.flatten(0, 1).unsqueeze(0), padding_mode="border", align_corners=False
+            )
+            values = values[0].unflatten(1, (len(rows), len(steps))).transpose(0, 1)
+            parts.append(F.avg_pool2d(values, samples) if samples > 1 else values)
+            places.append(rows + b * num_rois)
+    return pooled.flatten(0, 1).index_copy(0, torch.cat(places), torch.cat(parts)).unflatten(0, (batch, num_rois))
 
 
 def assign_levels(boxes_BR4: Tensor, strides: list[int], canonical: float) -> Tensor:

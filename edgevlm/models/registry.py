@@ -8,6 +8,19 @@ from edgevlm.artifacts import FusionConfig, TEEConfig
 from edgevlm.errors import RecipeError, nearest
 from edgevlm.recipe import Choice
 
+_TEE_D0 = TEEConfig(
+    trunk="efficientnet_b0",
+    num_levels=5,
+    fpn_channels=64,
+    fpn_repeats=3,
+    anchor_scale=4.0,
+    candidates_per_level=1000,
+    num_proposals=300,
+    num_regions=50,
+    roi_hidden=1024,
+    attribute_head="own",
+)
+
 TEES: dict[str, TEEConfig] = {
     "test-tee": TEEConfig(
         trunk="test_edgevlm",
@@ -20,6 +33,32 @@ TEES: dict[str, TEEConfig] = {
     ),
     # P2 and anchors of 16, 32, 64 px: objects of 16 px have two cells at stride 8, too few to tell a star from a cross.
     "edge-nano": TEEConfig(trunk="edgevlm_nano", first_level=2, anchor_scale=4.0, fpn_channels=32, fpn_repeats=1),
+    # MiniVLM's extractor: anchors of 32 to 512 px, 1000 candidates per level, 300 boxes into a head of width 1024.
+    "tee-d0": _TEE_D0,
+    "tee-d0-p2": _TEE_D0.model_copy(update={"first_level": 2, "anchor_scale": 8.0}),
+    "tee-d1": _TEE_D0.model_copy(
+        update={
+            "trunk": "efficientnet_b1",
+            "first_level": 2,
+            "anchor_scale": 8.0,
+            "fpn_channels": 88,
+            "fpn_repeats": 4,
+        }
+    ),
+    # The same without squeeze-excite and with ReLU6 throughout, which int8 and NPUs take as they are.
+    "tee-lite0": _TEE_D0.model_copy(update={"trunk": "efficientnet_lite0"}),
+    # For inputs of about 320 px: no level above P6, and a fifth of the boxes (300 would be a third of all the work).
+    "tee-lite0-edge": _TEE_D0.model_copy(
+        update={
+            "trunk": "efficientnet_lite0",
+            "num_levels": 4,
+            "candidates_per_level": 128,
+            "num_proposals": 64,
+            "num_regions": 32,
+            "roi_hidden": 512,
+            "attribute_head": "linear",
+        }
+    ),
 }
 """Extractor name -> config."""
 
@@ -28,6 +67,10 @@ FUSIONS: dict[str, FusionConfig] = {
     "test-fusion": FusionConfig.uniform(hidden=32, layers=2, heads=2, ffn=64),
     "edge-l3-h128": FusionConfig.uniform(hidden=128, layers=3, heads=4, ffn=384),
     "edge-l3-h96": FusionConfig.uniform(hidden=96, layers=3, heads=4, ffn=384),
+    # The shapes of published text models, so that their weights fit (MiniVLM, section 3); dropout as in BERT.
+    "minilm-l12-h384": FusionConfig.uniform(hidden=384, layers=12, heads=12, ffn=1536, dropout=0.1),
+    "minilm-l6-h384": FusionConfig.uniform(hidden=384, layers=6, heads=12, ffn=1536, dropout=0.1),
+    "bert-base": FusionConfig.uniform(hidden=768, layers=12, heads=12, ffn=3072, dropout=0.1),
 }
 """Fusion name -> config."""
 

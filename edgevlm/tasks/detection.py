@@ -1,18 +1,23 @@
-"""Detection: what trains the extractor. Matching, losses and COCO mAP."""
+"""Detection: what trains the extractor. Matching, losses and finding boxes; `average_precision.py` has the metric."""
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgevlm.models.regions import box_iou, cluster_nms, decode_boxes, encode_boxes, take
 from edgevlm.models.tee import BOX_SCALE, REGION_NMS_IOU, TEE
+from edgevlm.tasks.average_precision import Detected
+from edgevlm.tasks.average_precision import mean_average_precision as mean_average_precision  # its older place
 
 RPN_POSITIVE, RPN_NEGATIVE, ROI_POSITIVE = 0.5, 0.3, 0.5
 NEGATIVES_PER_POSITIVE = 3
 MIN_NEGATIVES = 16
+MIN_CLAIM = 0.1
+"""Overlap an object needs to claim its best anchors."""
+MIN_SCORE, MAX_SCORED, MAX_DETECTIONS = 0.01, 1000, 100
+"""Which pairs of box and class are evaluated: above this score, so many before NMS, so many after (COCO counts 100)."""
 JITTER = 0.1
 """Ground-truth boxes join the proposals, shifted by up to this share of their size, so that early steps have positives."""
 
@@ -36,6 +41,7 @@ class DetectionObjective(nn.Module):
         self, pixels_BHWC: Tensor, boxes_BG4: Tensor, classes_BG: Tensor, attributes_BGA: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         truth = Truth(boxes_BG4, classes_BG, attributes_BGA)
+        self.tee.resize((pixels_BHWC.shape[1], pixels_BHWC.shape[2]))
         dense = self.tee.dense(pixels_BHWC.permute(0, 3, 1, 2).float())
         objectness, anchor_boxes = self._rpn_loss(dense.objectness_BM, dense.deltas_BM4, truth)
         with torch.no_grad():
@@ -51,32 +57,35 @@ class DetectionObjective(nn.Module):
         return torch.minimum((boxes_BG4 + noise).clamp(min=0.0), self.tee.limits)
 
     def _rpn_loss(self, logits_BM: Tensor, deltas_BM4: Tensor, truth: Truth) -> tuple[Tensor, Tensor]:
-        anchors = self.tee.anchors.unsqueeze(0).expand(logits_BM.shape[0], -1, -1)
-        real_BG = truth.classes_BG >= 0
-        iou_BMG = box_iou(anchors, truth.boxes_BG4) * real_BG.unsqueeze(1)
-        best_BM, match_BM = iou_BMG.max(dim=2)
-        # Each object also claims its best anchors, however small their overlap: small objects get positives too.
-        claimed = (iou_BMG == iou_BMG.amax(dim=1, keepdim=True)) & (iou_BMG > 0.1)
-        positive = (best_BM >= RPN_POSITIVE) | claimed.any(dim=2)
+        anchors = self.tee.anchors
+        # Image by image: padded to the busiest image, the table of overlaps would be most of a step.
+        matches = [
+            match_anchors(anchors, boxes[classes >= 0])
+            for boxes, classes in zip(truth.boxes_BG4, truth.classes_BG, strict=True)
+        ]
+        best_BM, claimed_BM, matched_BM4 = (torch.stack(column) for column in zip(*matches, strict=True))
+        positive = (best_BM >= RPN_POSITIVE) | claimed_BM
         negative = (best_BM < RPN_NEGATIVE) & ~positive
-        losses = F.binary_cross_entropy_with_logits(logits_BM, positive.float(), reduction="none")
+        losses = F.binary_cross_entropy_with_logits(logits_BM, positive.to(logits_BM.dtype), reduction="none")
         # The hardest negatives of each image, a fixed ratio to its positives.
-        num_negatives = (positive.sum(1) * NEGATIVES_PER_POSITIVE).clamp(min=MIN_NEGATIVES)
+        num_negatives = (positive.sum(1) * NEGATIVES_PER_POSITIVE).clamp(min=MIN_NEGATIVES, max=losses.shape[1])
         ranked = losses.detach().masked_fill(~negative, -1.0)
-        rank = ranked.argsort(1, descending=True).argsort(1)
-        used = positive | (negative & (rank < num_negatives.unsqueeze(1)))
+        hardest = torch.topk(ranked, int(num_negatives.max()), dim=1).values
+        used = positive | (negative & (ranked >= hardest.gather(1, num_negatives.unsqueeze(1) - 1)))
         objectness = (losses * used).sum() / used.sum().clamp(min=1)
-        matched = truth.boxes_BG4.gather(1, match_BM.unsqueeze(-1).expand(-1, -1, 4))
-        errors = F.smooth_l1_loss(deltas_BM4, encode_boxes(anchors, matched), beta=1 / 9, reduction="none").sum(-1)
-        return objectness, (errors * positive).sum() / positive.sum().clamp(min=1)
+        rows = positive.nonzero(as_tuple=True)
+        targets = encode_boxes(anchors[rows[1]], matched_BM4[rows])
+        errors = F.smooth_l1_loss(deltas_BM4[rows], targets, beta=1 / 9, reduction="sum")
+        return objectness, errors / positive.sum().clamp(min=1)
 
     def _roi_loss(self, proposals_BP4: Tensor, maps: list[Tensor], truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
-        output = self.tee.box_features(maps, proposals_BP4)
         iou_BPG = box_iou(proposals_BP4, truth.boxes_BG4) * (truth.classes_BG >= 0).unsqueeze(1)
         best_BP, match_BP = iou_BPG.max(dim=2)
         positive = best_BP >= ROI_POSITIVE
-        background = output.class_logits_BRC.shape[-1] - 1
+        background = self.tee.box_head.classes.out_features - 1
         labels = torch.where(positive, truth.classes_BG.gather(1, match_BP), background)
+        # An attribute head of its own learns from the true classes; where there is none, its output is not used.
+        output = self.tee.box_features(maps, proposals_BP4, labels.clamp(max=background - 1))
         real = (proposals_BP4[..., 2:] - proposals_BP4[..., :2]).amin(-1) > 1.0  # not padding
         losses = F.cross_entropy(output.class_logits_BRC.transpose(1, 2), labels, reduction="none")
         classes = (losses * real).sum() / real.sum().clamp(min=1)
@@ -89,61 +98,51 @@ class DetectionObjective(nn.Module):
         return classes, boxes, (errors * positive).sum() / count
 
 
+def match_anchors(anchors_M4: Tensor, boxes_G4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The object each anchor overlaps most, in one image.
+
+    Returns:
+        That overlap (M,), 0..1; whether an object claims the anchor (M,), because no other overlaps it more, however
+        little that is: small objects get positives too; and the box of the object (M, 4).
+    """
+    if not len(boxes_G4):
+        none = torch.zeros_like(anchors_M4[:, 0])
+        return none, none.bool(), anchors_M4
+    iou_MG = box_iou(anchors_M4[None], boxes_G4[None])[0]
+    best_M, match_M = iou_MG.max(dim=1)
+    claimed = (iou_MG == iou_MG.amax(dim=0, keepdim=True)) & (iou_MG > MIN_CLAIM)
+    return best_M, claimed.any(dim=1), boxes_G4[match_M]
+
+
 @torch.no_grad()
 def detect(tee: TEE, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (B, P, 4) in pixels, class scores (B, P, C) and NMS survivors (B, P), all proposals, for evaluation."""
-    dense = tee.dense(pixels_BCHW)
-    proposals = tee.propose(dense)
-    output = tee.box_features(dense.maps, proposals)
-    scores = torch.softmax(output.class_logits_BRC, dim=-1)[..., :-1]
-    boxes = decode_boxes(proposals, output.deltas_BR4, tee.limits, BOX_SCALE)
+    boxes, scores = _refined(tee, pixels_BCHW)
     order = scores.amax(-1).argsort(1, descending=True)
     boxes, scores = take(boxes, order), take(scores, order)
     return boxes, scores, cluster_nms(boxes, REGION_NMS_IOU)
 
 
-def mean_average_precision(
-    truths: list[tuple[np.ndarray, np.ndarray]], detections: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
-) -> dict[str, float]:
-    """COCO mAP (0..1) by pycocotools.
+@torch.no_grad()
+def detect_per_class(tee: TEE, pixels_BCHW: Tensor) -> list[Detected]:
+    """COCO's protocol: NMS for each class by itself, and the 100 best of an image; a box may have several classes."""
+    found = []
+    for boxes_P4, scores_PC in zip(*_refined(tee, pixels_BCHW), strict=True):
+        rows, classes = (scores_PC > MIN_SCORE).nonzero(as_tuple=True)
+        order = scores_PC[rows, classes].argsort(descending=True)[:MAX_SCORED]
+        rows, classes = rows[order], classes[order]
+        boxes = boxes_P4[rows]
+        # Classes are moved apart, so that no box overlaps one of another class.
+        apart = boxes + (classes * tee.limits.max()).unsqueeze(-1)
+        kept = cluster_nms(apart[None], REGION_NMS_IOU)[0].nonzero().squeeze(1)[:MAX_DETECTIONS]
+        columns = (boxes[kept], classes[kept], scores_PC[rows[kept], classes[kept]])
+        found.append(Detected(*(column.cpu().numpy() for column in columns)))
+    return found
 
-    Args:
-        truths: per image, boxes (n, 4) corners and classes (n,).
-        detections: per image, boxes (m, 4), classes (m,) and scores (m,).
-    """
-    import contextlib
-    import io
 
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    def xywh(box: np.ndarray) -> list[float]:
-        return [float(box[0]), float(box[1]), float(box[2] - box[0]), float(box[3] - box[1])]
-
-    annotations, results = [], []
-    for image, (boxes, classes) in enumerate(truths):
-        for box, label in zip(boxes, classes, strict=True):
-            shape = xywh(box)
-            annotations.append(
-                {"id": len(annotations) + 1, "image_id": image, "category_id": int(label), "bbox": shape}
-                | {"area": shape[2] * shape[3], "iscrowd": 0}
-            )
-    for image, (boxes, classes, scores) in enumerate(detections):
-        for box, label, score in zip(boxes, classes, scores, strict=True):
-            results.append({"image_id": image, "category_id": int(label), "bbox": xywh(box), "score": float(score)})
-    if not results:
-        return {"map": 0.0, "ap50": 0.0}
-    categories = sorted({annotation["category_id"] for annotation in annotations})
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = {  # pyright: ignore (its stubs ask for fields that boxes do not have)
-            "images": [{"id": i} for i in range(len(truths))],
-            "annotations": annotations,
-            "categories": [{"id": c, "name": str(c)} for c in categories],
-        }
-        coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")  # pyright: ignore (a list works as well as a path)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return {"map": float(evaluation.stats[0]), "ap50": float(evaluation.stats[1])}
+def _refined(tee: TEE, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    dense = tee.dense(pixels_BCHW)
+    proposals = tee.propose(dense)
+    output = tee.box_features(dense.maps, proposals, attributes=False)
+    scores = torch.softmax(output.class_logits_BRC, dim=-1)[..., :-1]
+    return decode_boxes(proposals, output.deltas_BR4, tee.limits, BOX_SCALE), scores

@@ -1,42 +1,61 @@
 """Stage `detector`: train TEE on boxes, classes and attributes."""
 
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from edgevlm.artifacts import VOCABULARY, Checkpoint, ModelConfig, Vocabulary
-from edgevlm.data import open_reader
+from edgevlm.artifacts import VOCABULARY, Checkpoint, ModelConfig, PreprocessSpec, Vocabulary
+from edgevlm.data import Reader, open_reader
 from edgevlm.data.frames import Frames, materialise
+from edgevlm.data.pictures import Pictures, training_specs
+from edgevlm.data.preprocess import preprocess, unscale_boxes
 from edgevlm.job import Job
 from edgevlm.manifests import read_manifest
+from edgevlm.models.backbone import load_trunk
 from edgevlm.models.registry import FUSIONS, resolve_tee
 from edgevlm.models.tee import TEE
 from edgevlm.models.vlm import VLM
-from edgevlm.tasks.detection import DetectionObjective, detect, mean_average_precision
+from edgevlm.recipe import DetectorSection
+from edgevlm.tasks.average_precision import Annotated, Detected, coco_figures, mean_average_precision
+from edgevlm.tasks.detection import DetectionObjective, detect, detect_per_class
 from edgevlm.train.checkpoints import save_checkpoint
-from edgevlm.train.loop import Batch, fit
+from edgevlm.train.loop import Batch, fit, generator_of
 
+TRUTH = ("boxes_BG4", "classes_BG", "attributes_BGA")
+"""What the objective is given beside the pixels."""
 NUM_EVALUATED = 256
 """Validation images for mAP."""
 
 
-def load_frames(job: Job, split: str, limit: int | None) -> Frames:
-    """Preprocessed images of a split, with a progress bar."""
+def load_frames(job: Job, split: str, limit: int | None, *, texts: bool = True) -> Frames:
+    """Preprocessed images of a split, with a progress bar; without `texts` a dataset that draws them draws just one."""
     recipe = job.recipe
-    reader = open_reader(recipe.data, recipe.task, recipe.seed, job.data_path)
+    data = recipe.data if texts else recipe.data.model_copy(update={"texts_per_image": 1})
+    reader = open_reader(data, recipe.task, recipe.seed, job.data_path)
     with job.reporter.bar(f"reading {split} images", limit) as bar:
         return materialise(reader, split, limit, recipe.preprocess, progress=lambda done, _: bar.update(done))
 
 
 def make_truth(frames: Frames, num_attributes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Ground truth padded to the largest number of objects: boxes (I, G, 4), classes (I, G), attributes (I, G, A)."""
-    most = max(1, max(len(boxes) for boxes in frames.boxes))
-    boxes = torch.zeros(len(frames.ids), most, 4)
-    classes = torch.full((len(frames.ids), most), -1, dtype=torch.long)
-    attributes = torch.zeros(len(frames.ids), most, num_attributes)
-    for i, (b, c, a) in enumerate(zip(frames.boxes, frames.classes, frames.attributes, strict=True)):
+    tags = [[np.flatnonzero(row) for row in rows] for rows in frames.attributes]
+    return pad_truth(list(zip(frames.boxes, frames.classes, tags, strict=True)), num_attributes)
+
+
+def pad_truth(objects: Sequence[tuple[Any, Any, Any]], num_attributes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from boxes (n, 4), classes (n,) and a list of attribute ids per object, for each image."""
+    most = max(1, max(len(boxes) for boxes, _, _ in objects))
+    boxes = torch.zeros(len(objects), most, 4)
+    classes = torch.full((len(objects), most), -1, dtype=torch.long)
+    attributes = torch.zeros(len(objects), most, num_attributes)
+    for i, (b, c, tags) in enumerate(objects):
         boxes[i, : len(b)], classes[i, : len(c)] = torch.from_numpy(b), torch.from_numpy(c)
-        attributes[i, : len(a)] = torch.from_numpy(a)
+        for row, ids in enumerate(tags):
+            attributes[i, row, torch.as_tensor(ids, dtype=torch.long)] = 1
     return boxes, classes, attributes
 
 
@@ -52,12 +71,63 @@ def evaluate_detector(tee: TEE, frames: Frames, batch_size: int = 64) -> dict[st
     return mean_average_precision(list(zip(frames.boxes, frames.classes, strict=True)), detections)
 
 
+def evaluate_pictures(
+    tee: TEE, reader: Reader, split: str, limit: int | None, spec: PreprocessSpec, batch_size: int = 32
+) -> dict[str, float]:
+    """COCO's twelve figures on a split, in pixels of the original images; `edgevlm.tasks.average_precision` names them."""
+    device = tee.anchors.device
+    truths: list[Annotated] = []
+    detections: list[Detected] = []
+    samples = reader.samples(split, limit)
+    while batch := list(islice(samples, batch_size)):
+        pixels = torch.from_numpy(np.stack([preprocess(sample.image, spec) for sample in batch])).to(device)
+        for sample, found in zip(batch, detect_per_class(tee, pixels.permute(0, 3, 1, 2).float()), strict=True):
+            truths.append(Annotated(sample.boxes, sample.classes, sample.crowd, sample.areas))
+            detections.append(found._replace(boxes=unscale_boxes(found.boxes, sample.image.size, spec)))
+    return coco_figures(truths, detections)
+
+
+def frames_source(frames: Frames, num_attributes: int) -> tuple[int, Callable[[Tensor], Batch]]:
+    """Number of images, and batches of a split that is held in memory at the model's size."""
+    truth, pixels = make_truth(frames, num_attributes), torch.from_numpy(frames.pixels)
+
+    def make_batch(rows: Tensor) -> Batch:
+        return {"pixels_BHWC": pixels[rows], **dict(zip(TRUTH, (part[rows] for part in truth), strict=True))}
+
+    return len(pixels), make_batch
+
+
+def pictures_source(
+    pictures: Pictures, spec: PreprocessSpec, section: DetectorSection, num_attributes: int
+) -> tuple[int, Callable[[Tensor], Batch]]:
+    """Number of images, and batches that are drawn anew: changed at random, each at one of the sizes of the recipe."""
+    specs = training_specs(spec, section.short_sides_px)
+
+    def make_batch(rows: Tensor) -> Batch:
+        generator = generator_of(rows)  # so a resumed run sees the same pictures
+        size, seed = (int(torch.randint(high, (), generator=generator)) for high in (len(specs), 2**31))
+        drawn = pictures.draw(rows.tolist(), specs[size], seed)
+        truth = pad_truth([(p.boxes, p.classes, p.attributes) for p in drawn], num_attributes)
+        pixels = torch.from_numpy(np.stack([picture.pixels_HWC for picture in drawn]))
+        return {"pixels_BHWC": pixels, **dict(zip(TRUTH, truth, strict=True))}
+
+    return len(pictures), make_batch
+
+
 def train_detector(job: Job) -> Checkpoint:
-    """Train the extractor from scratch; the fusion half of the checkpoint is untrained."""
-    recipe = job.recipe
+    """Train the extractor; the fusion half of the checkpoint is untrained."""
+    recipe, section = job.recipe, job.recipe.detector
     vocabulary = read_manifest(job.inputs["prepare"], Vocabulary)
-    train = load_frames(job, "train", recipe.data.num_train)
-    truth = make_truth(train, len(vocabulary.labels.attributes))
+    num_attributes = len(vocabulary.labels.attributes)
+    drawn_anew = recipe.task == "detection" or section.augment is not None or bool(section.short_sides_px)
+    reader = open_reader(recipe.data, recipe.task, recipe.seed, job.data_path)
+    if drawn_anew:
+        pictures = Pictures(reader, "train", recipe.data.num_train, section.augment)
+        num_rows, make_batch = pictures_source(pictures, vocabulary.preprocess, section, num_attributes)
+    else:
+        num_rows, make_batch = frames_source(
+            load_frames(job, "train", recipe.data.num_train, texts=False), num_attributes
+        )
     torch.manual_seed(recipe.seed)
     manifest = Checkpoint(
         provenance=job.provenance,
@@ -68,33 +138,29 @@ def train_detector(job: Job) -> Checkpoint:
         labels=vocabulary.labels,
     )
     model = VLM(manifest.model, manifest.preprocess, manifest.tokenizer, manifest.labels)
-    pixels = torch.from_numpy(train.pixels)
-
-    def make_batch(rows: Tensor) -> Batch:
-        return {
-            "pixels_BHWC": pixels[rows],
-            "boxes_BG4": truth[0][rows],
-            "classes_BG": truth[1][rows],
-            "attributes_BGA": truth[2][rows],
-        }
-
+    if section.trunk_weights is not None:
+        load_trunk(model.tee.trunk, manifest.model.tee.trunk, section.trunk_weights)
+    if section.sync_batchnorm:
+        model.tee = nn.SyncBatchNorm.convert_sync_batchnorm(model.tee)  # pyright: ignore
     model.tee.to(memory_format=torch.channels_last)  # pyright: ignore  (a quarter faster on CPUs)
-    objective = DetectionObjective(model.tee)
     fit(
-        objective,
-        len(pixels),
+        DetectionObjective(model.tee),
+        num_rows,
         make_batch,
-        recipe.detector,
+        section,
         what="detector",
         work_dir=job.out_dir,
         key=job.provenance.key,
         seed=recipe.seed,
         reporter=job.reporter,
     )
-    val = load_frames(job, "val", min(recipe.data.num_val or NUM_EVALUATED, NUM_EVALUATED))
-    metrics = evaluate_detector(model.tee.eval(), val)
-    job.reporter.say(
-        f"  detector: mAP {metrics['map']:.3f}, AP50 {metrics['ap50']:.3f} on {len(val.ids)} validation images"
-    )
+    tee = model.tee.eval()
+    tee.resize((vocabulary.preprocess.height, vocabulary.preprocess.width))
+    if drawn_anew:
+        metrics = evaluate_pictures(tee, reader, "val", recipe.data.num_val, vocabulary.preprocess)
+    else:
+        val = load_frames(job, "val", min(recipe.data.num_val or NUM_EVALUATED, NUM_EVALUATED), texts=False)
+        metrics = evaluate_detector(tee, val)
+    job.reporter.say(f"  detector: mAP {metrics['map']:.3f}, AP50 {metrics['ap50']:.3f} on the validation images")
     manifest = manifest.model_copy(update={"metrics": metrics})
     return save_checkpoint(job.out_dir, model.cpu(), job.inputs["prepare"] / VOCABULARY, manifest)

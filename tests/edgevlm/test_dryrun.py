@@ -71,7 +71,7 @@ def test_the_cache_is_as_large_as_it_says(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_found_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TrainingError, match="batch_size to 16"):
+    with pytest.raises(TrainingError, match=r"detector\.batch_size to 16"):
         dryrun.examine(recipe(), None, processes=16)
     with pytest.raises(RecipeError, match="Did you mean 'test-tee'"):
         dryrun.examine(recipe("tee.name=test-te"), None)
