@@ -84,7 +84,7 @@ def train(
     from edgevlm.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from edgevlm.stages import LAST_TRAINING, STAGES, check_training
+    from edgevlm.stages import check_training, last_training, stages_of
 
     check_training(loaded, data)
     if dry_run:
@@ -101,9 +101,10 @@ def train(
     from edgevlm.progress import ConsoleReporter
 
     folder = out or Path("runs") / loaded.name
-    folders = run_stages(STAGES, loaded, folder, data_path=data, until=LAST_TRAINING, reporter=ConsoleReporter())
+    last = last_training(loaded)
+    folders = run_stages(stages_of(loaded), loaded, folder, data_path=data, until=last, reporter=ConsoleReporter())
     if is_main():
-        console.print(f"Trained: {folders[LAST_TRAINING]}")
+        console.print(f"Trained: {folders[last]}")
 
 
 @app.command()

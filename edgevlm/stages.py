@@ -237,8 +237,6 @@ STAGES: tuple[Stage, ...] = (
 )
 """The flow: each stage reads only artifacts of stages above it."""
 
-LAST_TRAINING = "teacher"
-"""Where `edgevlm train` ends: behind it models are compressed and exported."""
 PRETRAIN = Stage("pretrain", pretrain, ("detector", "regions"), ("data", "task", "pretrain"), everywhere=True)
 """Before the teacher, in recipes that have this section."""
 
@@ -270,6 +268,12 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
         first = replace(behind[0], inputs=(*behind[0].inputs, PRETRAIN.name))
         behind = (PRETRAIN, first, *behind[1:])
     return (*before, *behind)
+
+
+def last_training(recipe: Recipe) -> str:
+    """Where `edgevlm train` ends: behind it models are compressed and exported."""
+    names = {stage.name for stage in stages_of(recipe)}
+    return next(name for name in ("captioner", *FINE_TUNING, "teacher", "detector") if name in names)
 
 
 def show_scorecard(folder: Path, bundle: Path, console: Console) -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from edgevlm import cli, dryrun
+from edgevlm import cli, dryrun, stages
 from edgevlm.data.scenes import Scenes
-from edgevlm.errors import DataError, RecipeError, TrainingError
+from edgevlm.errors import CheckpointError, DataError, RecipeError, TrainingError
 from edgevlm.recipe import load_recipe
 from edgevlm.train.regions import RegionSplit, shard_path
 from tests.edgevlm.tiny import tiny_regions
@@ -86,6 +86,24 @@ def test_mistakes_are_found_before_anything_runs(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Scenes, "sample", broken)
     with pytest.raises(DataError, match="without area"):
         dryrun.examine(recipe(), None)
+
+
+def test_every_kind_of_training_is_planned(tmp_path: Path) -> None:
+    """The stages are those that `edgevlm train` runs, and their rows are what the task counts."""
+    captioner = dryrun.examine(load_recipe("scenes-captions", ["data.num_train=40"]), None).stages[-1]
+    assert (captioner.name, captioner.num_rows) == ("captioner", 40), "one caption per drawn scene"
+    paired = ["pretrain={fusion: {name: test-fusion}, steps: 9, batch_size: 8}", "data.num_train=40"]
+    paired += ["text.max_tokens=35", "retrieval={batch_size: 8, steps: 5}"]
+    detector, pretrain, retrieval = dryrun.examine(recipe(*paired), None).stages
+    assert (detector.num_rows, pretrain.steps, retrieval.steps) == (40, 9, 5)
+    assert stages.last_training(recipe(*paired)) == retrieval.name
+    assert stages.last_training(recipe()) == "teacher"
+    assert stages.last_training(recipe("task=detection")) == "detector"
+
+
+def test_a_missing_extractor_is_found(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere.*manifest\.json is missing"):
+        dryrun.examine(recipe(f"extractor={tmp_path / 'nowhere'}"), None)
 
 
 def test_the_command_prints_tables_or_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
