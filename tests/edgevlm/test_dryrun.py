@@ -9,10 +9,14 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from edgevlm import cli, dryrun, stages
+from edgevlm.artifacts import Checkpoint, Labels, ModelConfig, Provenance, TokenizerSpec
 from edgevlm.data.scenes import Scenes
 from edgevlm.errors import CheckpointError, DataError, RecipeError, TrainingError
+from edgevlm.manifests import write_manifest
+from edgevlm.models.registry import FUSIONS, TEES
 from edgevlm.recipe import load_recipe
 from edgevlm.train.regions import RegionSplit, shard_path
+from tests.edgevlm.dataset_folders import vqav2_example
 from tests.edgevlm.tiny import tiny_regions
 
 
@@ -99,6 +103,30 @@ def test_every_kind_of_training_is_planned(tmp_path: Path) -> None:
     assert stages.last_training(recipe(*paired)) == retrieval.name
     assert stages.last_training(recipe()) == "teacher"
     assert stages.last_training(recipe("task=detection")) == "detector"
+
+
+def test_minivlm_on_a_folder_of_vqav2(tmp_path: Path) -> None:
+    """The recipe as it ships, on a folder in VQAv2's layout and an extractor that another run left."""
+    labels = Labels(classes=("dog", "hat"), attributes=("red",), answers=())
+    spec = TokenizerSpec(vocab_sha256="", vocab_size=30522, max_tokens=128)
+    config = ModelConfig(tee=TEES["tee-d0"], fusion=FUSIONS["none"])
+    shipped = load_recipe("minivlm-vqav2")
+    left = Checkpoint(
+        provenance=Provenance(stage="detector", key="k"),
+        model=config,
+        task="detection",
+        preprocess=shipped.preprocess,
+        tokenizer=spec,
+        labels=labels,
+    )
+    (tmp_path / "detector").mkdir()
+    write_manifest(tmp_path / "detector", left)
+    folder = vqav2_example(tmp_path / "vqav2")
+    changed = load_recipe("minivlm-vqav2", [f"extractor={tmp_path / 'detector'}"])
+    plan = dryrun.examine(changed, str(folder))
+    (teacher,) = plan.stages
+    assert (teacher.name, teacher.steps) == ("teacher", 131250)
+    assert plan.parameters["fusion"] == pytest.approx(33e6, rel=0.03), "MiniLM-L12-H384's 33 million"
 
 
 def test_a_missing_extractor_is_found(tmp_path: Path) -> None:
