@@ -227,6 +227,24 @@ def ask(
 
 
 @app.command()
+def inspect(
+    network: Annotated[str, typer.Argument(help="An extractor or fusion by name, or a checkpoint folder.")],
+    size: Annotated[str, typer.Option(help="Input of an extractor, pixels: 512, or rows x columns.")] = "512",
+    classes: Annotated[int | None, typer.Option(min=1, help="Object classes; default: MiniVLM's 1591.")] = None,
+    attributes: Annotated[int | None, typer.Option(min=0, help="Attributes; default: MiniVLM's 524.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a network costs: parameters and multiply-adds by part, counted and by formula."""
+    from edgevlm.report import inspection
+
+    parts = inspection.parts_of(network, size, classes, attributes)
+    if as_json:
+        print(json.dumps(inspection.as_dict(network, parts)))
+    else:
+        inspection.print_parts(network, parts, console)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what is installed, what can be verified on this machine, and what is missing."""
     from edgevlm import doctor as examine

@@ -32,6 +32,8 @@ class DataSection(Section):
     num_test: int | None = Field(None, gt=0)
     texts_per_image: int = Field(8, gt=0)
     """Questions or sentences per image, where the dataset can draw any number."""
+    captions_per_image: int = Field(1, gt=0)
+    """Captions per image, where the dataset can draw any number."""
     answers: str | None = None
     """File with the closed list of answers (JSON list, or one per line); None = the frequent training answers."""
     annotations: dict[str, str] = {}
@@ -117,6 +119,8 @@ class DetectorSection(TrainSection):
     short_sides_px: tuple[int, ...] = ()
     """Multi-scale training: short sides of the input, one drawn per step; empty = the size of `preprocess` only."""
     augment: AugmentSection | None = None
+    sampling: Literal["hardest", "random"] = "hardest"
+    """Which background is trained on: `random` as in the papers and for photos (`edgevlm.tasks.detection`)."""
     sync_batchnorm: bool = False
     """Share the batch norms' statistics among the processes."""
 
@@ -166,11 +170,16 @@ class PretrainSection(TrainSection):
         return self
 
 
-class TeacherSection(TrainSection):
+class FineTuneSection(TrainSection):
+    """What is trained on the cached regions for a task."""
+
     fusion: Choice
     start: str | None = None
     """Where the fusion starts: a checkpoint folder, a Hugging Face text model's folder, or its name on the hub. None =
-    from the stage `pretrain` where the recipe has one (the teacher), else untrained."""
+    from the stage `pretrain` where the recipe has one (not the student), else untrained."""
+
+
+class TeacherSection(FineTuneSection):
     answer_head: Literal["hidden", "linear"] = "hidden"
     """One hidden layer, or a linear classifier that starts at probability 0.01 per answer (MiniVLM's for VQA)."""
     answer_dropout: float = Field(0.0, ge=0, lt=1)
@@ -182,15 +191,6 @@ class DistilSection(TeacherSection):
     """loss = (1 - kd_weight) x task + kd_weight x distillation (EfficientVLM, section 3)."""
     hidden_weight: float = Field(0.1, ge=0)
     attention_weight: float = Field(1.0, ge=0)
-
-
-class FineTuneSection(TrainSection):
-    """What the fine-tuned tasks share."""
-
-    fusion: Choice | None = None
-    """A new, untrained fusion; None = go on from the stage `pretrain` where the run has one, else from `start`."""
-    start: str | None = None
-    """Folder of a checkpoint of this run's vocabulary and extractor whose fusion is taken over."""
 
 
 class RetrievalSection(FineTuneSection):
@@ -255,16 +255,15 @@ class SelfCriticalSection(TrainSection):
     """Captions drawn per image and step; each is compared with the greedy one."""
 
 
-class CaptionSection(TrainSection):
+class CaptionSection(FineTuneSection):
     """Defaults are the published fine-tuning on COCO captions (20 epochs; MiniVLM authors' configuration)."""
 
-    fusion: Choice
     batch_size: int = Field(512, gt=0)
     lr: float = Field(1e-5, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     num_caption: int = Field(40, ge=4)
     """Text tokens for the caption, with [CLS] and [SEP]; longer ones are cut."""
-    num_tags: int = Field(30, ge=0)
+    num_tags: int = Field(30, ge=1)
     """Text tokens for the tags behind it; `text.max_tokens` must hold both."""
     tag_confidence: float = Field(0.2, ge=0, le=1)
     """Regions of at least this score give their class as a tag."""
@@ -355,7 +354,7 @@ class Recipe(Section):
     prune: PruneSection
     trim: TrimSection
     captioning: CaptionSection | None = None
-    """The captioner; None = none is trained."""
+    """Fine-tune on captioning, and end there; None = another task."""
     calibration: CalibrationSection = CalibrationSection()  # pyright: ignore[reportCallIssue]
     export: ExportSection = ExportSection()  # pyright: ignore[reportCallIssue]
     verify: VerifySection = VerifySection()  # pyright: ignore[reportCallIssue]

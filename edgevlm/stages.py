@@ -38,6 +38,7 @@ from edgevlm.job import Job
 from edgevlm.manifests import read_manifest, whole_folder, write_manifest
 from edgevlm.models.backbone import create_trunk
 from edgevlm.models.registry import resolve_fusion, resolve_tee
+from edgevlm.models.text_weights import find_folder
 from edgevlm.pipeline import Stage
 from edgevlm.progress import Reporter
 from edgevlm.recipe import BenchSection, Recipe, parse_recipe
@@ -45,6 +46,7 @@ from edgevlm.report import write_scorecard
 from edgevlm.report.scorecard import join
 from edgevlm.report.terminal import print_scorecard
 from edgevlm.train.answering import train_teacher
+from edgevlm.train.captioning import train_captioner
 from edgevlm.train.detector import load_frames, train_detector
 from edgevlm.train.pairs import train_pairs
 from edgevlm.train.prepare import prepare
@@ -191,26 +193,36 @@ def check_training(recipe: Recipe, data_path: str | None) -> None:
     """Find the mistakes of what `edgevlm train` reads: networks and dataset.
 
     Raises:
-        RecipeError, DataError: the first mistake.
+        RecipeError, DataError, CheckpointError: the first mistake.
     """
     tee = resolve_tee(recipe.tee)
     create_trunk(tee.trunk, tee.first_level, tee.num_levels)
+    open_reader(recipe.data, recipe.task, recipe.seed, data_path)
+    if recipe.task == "detection":
+        return
     resolve_fusion(recipe.teacher.fusion)
+    if recipe.extractor is not None:
+        read_manifest(Path(recipe.extractor), Checkpoint, check_files=False)
     if recipe.pretrain is not None:
         resolve_fusion(recipe.pretrain.fusion)
         check_pretraining(recipe.pretrain, recipe.text.max_tokens)
         if recipe.pretrain.tagger is not None:
             read_manifest(Path(recipe.pretrain.tagger), Checkpoint, check_files=False)
-    open_reader(recipe.data, recipe.task, recipe.seed, data_path)
 
 
 def check(recipe: Recipe, data_path: str | None) -> None:
     """Find a recipe's mistakes before anything runs: networks, dataset, ladder, targets and their libraries.
 
     Raises:
-        RecipeError, TargetError, DataError: the first mistake.
+        RecipeError, TargetError, DataError, CheckpointError: the first mistake.
     """
     check_training(recipe, data_path)
+    if recipe.task == "detection":
+        return
+    # A text model that cannot be had should not be missed after hours of training the detector.
+    for where in (recipe.text.vocab, recipe.pretrain and recipe.pretrain.start, recipe.teacher.start):
+        if where is not None:
+            find_folder(where)
     student = resolve_fusion(recipe.distil.fusion)
     check_rungs(recipe.trim, len(student.layer_heads), resolve_tee(recipe.tee).num_regions)
     for target in recipe.export.targets:
@@ -239,13 +251,14 @@ STAGES: tuple[Stage, ...] = (
 
 PRETRAIN = Stage("pretrain", pretrain, ("detector", "regions"), ("data", "task", "pretrain"), everywhere=True)
 """Before the teacher, in recipes that have this section."""
-
-
 FINE_TUNING: dict[str, Stage] = {
     "retrieval": Stage(
         "retrieval", train_retrieval, ("detector", *_MODEL), ("data", "task", "retrieval"), everywhere=True
     ),
     "pairs": Stage("pairs", train_pairs, ("detector", *_MODEL), ("task", "pairs"), everywhere=True),
+    "captioning": Stage(
+        "captioning", train_captioner, ("detector", *_MODEL), ("data", "task", "captioning"), everywhere=True
+    ),
 }
 """Section of the recipe -> the stage that ends the flow in its place: such models are not exported."""
 
@@ -253,8 +266,8 @@ FINE_TUNING: dict[str, Stage] = {
 def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
     """The stages of a recipe, in order.
 
-    Detection ends with the detector, for there is nothing to answer; fine-tuning on retrieval or pairs follows the
-    cached regions. Pre-training stands before whatever is trained on the regions.
+    Detection ends with the detector, for there is nothing to answer; fine-tuning on retrieval, pairs or captioning
+    follows the cached regions. Pre-training stands before whatever is trained on the regions.
     """
     names = [stage.name for stage in STAGES]
     if recipe.task == "detection":
@@ -271,9 +284,9 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
 
 
 def last_training(recipe: Recipe) -> str:
-    """Where `edgevlm train` ends: behind it models are compressed and exported."""
-    names = {stage.name for stage in stages_of(recipe)}
-    return next(name for name in ("captioner", *FINE_TUNING, "teacher", "detector") if name in names)
+    """Where `edgevlm train` ends: behind the teacher, models are compressed and exported."""
+    names = [stage.name for stage in stages_of(recipe)]
+    return "teacher" if "teacher" in names else names[-1]
 
 
 def show_scorecard(folder: Path, bundle: Path, console: Console) -> None:

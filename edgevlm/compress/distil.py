@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgevlm.artifacts import VOCABULARY, Checkpoint
+from edgevlm.artifacts import Checkpoint
 from edgevlm.errors import CheckpointError
 from edgevlm.job import Job
 from edgevlm.models import vlm
@@ -25,9 +25,9 @@ from edgevlm.train.answering import (
     referred_loss,
     report,
     save_answering,
+    warm,
 )
 from edgevlm.train.regions import AnswerBatch
-from edgevlm.train.warm_start import warm_start
 
 
 def layer_map(num_student: int, num_teacher: int) -> list[int]:
@@ -119,8 +119,7 @@ def distil(job: Job) -> Checkpoint:
     teacher = load_teacher(job, manifest)
     torch.manual_seed(recipe.seed + 2)
     student = answering_model(detector, manifest, section)
-    if section.start is not None:
-        warm_start(student, section.start, job.inputs["detector"] / VOCABULARY, manifest.tokenizer, job.reporter)
+    warm(student, job, section, manifest)
     objective = DistilObjective(student, teacher, section, recipe.referred_weight)
     fit_answers(objective, student, job, section, what="distil", seed=recipe.seed + 2)
     metrics = evaluate(student, job)

@@ -26,7 +26,7 @@ def _folder(section: DataSection) -> str:
 def _scenes(section: DataSection, task: str, seed: int) -> Reader:
     from edgevlm.data.scenes import Scenes
 
-    return Scenes(task, seed, section.texts_per_image)
+    return Scenes(task, seed, section.texts_per_image, section.captions_per_image)
 
 
 def _coco(section: DataSection, task: str, seed: int) -> Reader:

@@ -7,7 +7,7 @@ oddities included: a score is comparable with published ones only if "two", "a b
 import json
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from edgevlm.errors import DataError
@@ -66,15 +66,24 @@ def normalise_answer(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def agreed_answer(said: Sequence[str], known: Container[str] | None = None) -> str:
+def spellings(answers: Iterable[str]) -> dict[str, str]:
+    """Normalised answer -> as the closed list spells it: others' lists have "t-shirt", which normalises to "t shirt"."""
+    found: dict[str, str] = {}
+    for answer in answers:
+        found.setdefault(normalise_answer(answer), answer)
+    return found
+
+
+def agreed_answer(said: Sequence[str], known: Mapping[str, str] | None = None) -> str:
     """What most annotators said, normalised; the first to be said wins a tie.
 
     Args:
         said: what each annotator said, as written.
-        known: a closed list. An answer in it wins over more frequent ones that are not.
+        known: the `spellings` of a closed list. An answer in it wins over more frequent ones that are not, and is
+            given as the list spells it.
     """
     ordered = [answer for answer, _ in Counter(map(normalise_answer, said)).most_common()]
-    return next((answer for answer in ordered if known is not None and answer in known), ordered[0])
+    return next((known[answer] for answer in ordered if answer in known), ordered[0]) if known else ordered[0]
 
 
 def build_answers(answers: Iterable[str], min_count: int) -> tuple[str, ...]:

@@ -180,7 +180,7 @@ def render(report: CheckReport, console: Console) -> None:
     """The totals, then what is wrong and where."""
     lists = f"{report.num_classes} classes, {report.num_attributes} attributes, {report.num_answers} answers"
     console.print(f"[bold]{escape(report.dataset)}[/]  {lists}")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("split")
     for title in ("images", "boxes", "texts", "captions", "answers", "outside", "longest", "known", "problems"):
         table.add_column(title, justify="right")

@@ -5,14 +5,14 @@ the same keys and types, as Arrow's columns must.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from edgevlm.artifacts import Labels
-from edgevlm.data.answers import agreed_answer, build_answers
+from edgevlm.data.answers import agreed_answer, build_answers, spellings
 from edgevlm.data.entries import Entry, make_sample, make_samples, parse, require_split, require_task, unique
 from edgevlm.data.folders import Folder
 from edgevlm.data.problems import Problems
@@ -191,7 +191,7 @@ class JsonLines:
                     yield file, number, record
 
     def _entries(self, split: str) -> Iterator[Entry]:
-        answers = frozenset(self.labels.answers)
+        spelled, listed = spellings(self.labels.answers), frozenset(self.labels.answers)
         for file, number, record in self._records(self.problems):
             if (record.split or _split_of(file)) != split:
                 continue
@@ -202,7 +202,7 @@ class JsonLines:
                 self.problems.report("duplicate id", place, number, f"id '{record.id}' was used at {used}")
                 continue
             kept, classes, attributes = self._objects(record, place, number)
-            texts = self._texts(record, answers)
+            texts = self._texts(record, spelled, listed)
             yield Entry(
                 id=record.id,
                 image=(record.image,),
@@ -238,12 +238,12 @@ class JsonLines:
             attributes.append(tuple(tag_ids[tag] for tag in tags if tag in tag_ids))
         return kept, tuple(classes), tuple(attributes)
 
-    def _texts(self, record: Record, known: frozenset[str]) -> Iterator[tuple[Text, str]]:
-        """The texts of the task, with their places in the record; `known` is the list of answers."""
+    def _texts(self, record: Record, spelled: Mapping[str, str], listed: Collection[str]) -> Iterator[tuple[Text, str]]:
+        """The texts of the task, with their places in the record; both arguments are the list of answers."""
         for i, item in enumerate(record.questions if self.task in (None, "vqa") else ()):
             said = tuple(item.answers)
-            answer = agreed_answer(said, known) if item.answer is None else item.answer
-            if answer not in known and not self._answers_given:
+            answer = agreed_answer(said, spelled) if item.answer is None else item.answer
+            if answer not in listed and not self._answers_given:
                 # An answer that training never gives is no mistake of the record: no model knows it, so it counts.
                 said = said or (answer,)
             yield Text(item.question, answer, (), item.kind, said), f"questions[{i}]"

@@ -5,6 +5,7 @@ through Hugging Face `tokenizers`. Special tokens cannot be typed: "[SEP]" in a 
 Vocabularies of BERT's family are read as they are; only where their special tokens stand differs.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -55,7 +56,16 @@ def train_vocabulary(texts: Iterable[str], size: int) -> list[str]:
 
 def write_vocabulary(path: Path, tokens: Sequence[str]) -> None:
     """Write one token per line (UTF-8, "\\n"), the form that BERT tokenizers of every language read."""
-    path.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8", newline="\n")
+    path.write_text(_file_text(tokens), encoding="utf-8", newline="\n")
+
+
+def vocabulary_sha256(tokens: Sequence[str]) -> str:
+    """SHA-256 of the file that `write_vocabulary` makes of these tokens, as in `TokenizerSpec.vocab_sha256`."""
+    return hashlib.sha256(_file_text(tokens).encode()).hexdigest()
+
+
+def _file_text(tokens: Sequence[str]) -> str:
+    return "".join(f"{token}\n" for token in tokens)
 
 
 def read_vocabulary(path: Path) -> list[str]:

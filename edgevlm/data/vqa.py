@@ -7,12 +7,12 @@ Their annotations are JSON files of one array (or object) each, up to 1 GB. `dat
 and gives no place to name in errors, so it is read with `json`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from edgevlm.artifacts import Labels
-from edgevlm.data.answers import agreed_answer, build_answers, parse_answers
+from edgevlm.data.answers import agreed_answer, build_answers, parse_answers, spellings
 from edgevlm.data.entries import Entry, group_by_id, make_samples, require_split, require_task
 from edgevlm.data.folders import Folder
 from edgevlm.data.problems import Problems, Where
@@ -101,7 +101,7 @@ class VisualQuestions:
             DataError: an unknown split, or a bad record if that is the policy.
         """
         require_split(self.name, split, self.splits)
-        known = frozenset(self.labels.answers)
+        known = spellings(self.labels.answers)
         asked = self.layout.read(self.folder, split, self.problems)
         entries = group_by_id(_entry(item, known) for item in asked)
         yield from make_samples(entries, self.folder, self.labels, self.problems, limit, shard)
@@ -117,7 +117,7 @@ def read_answers(path: str) -> tuple[str, ...]:
     return parse_answers(Folder(parent or ".").text(name), path)
 
 
-def _entry(item: Asked, known: frozenset[str]) -> Entry:
+def _entry(item: Asked, known: Mapping[str, str]) -> Entry:
     answer = agreed_answer(item.said, known) if item.said else ""
     text = Text(item.question, answer, (), item.kind, item.said)
     return Entry(item.image_id, item.image, item.file, item.where, texts=((text, item.where),))

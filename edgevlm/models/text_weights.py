@@ -22,7 +22,7 @@ from edgevlm.models.heads import WordHead
 CONFIG = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """In order of preference; the second is read without executing what a pickle may carry."""
-HUB_FILES = (CONFIG, *WEIGHT_FILES, "vocab.txt", "tokenizer_config.json")
+DESCRIPTIONS = (CONFIG, "vocab.txt", "tokenizer_config.json")
 
 OUTSIDE = {
     "embeddings.word_embeddings": "words",
@@ -81,8 +81,13 @@ def find_folder(where: str) -> Path:
     # Looked up here: a machine that only uses local folders need not start a network client.
     from huggingface_hub import snapshot_download
 
+    folder = Path()
     try:
-        return Path(snapshot_download(where, allow_patterns=list(HUB_FILES)))
+        for weights in WEIGHT_FILES:  # one after the other: many models offer both, hundreds of megabytes each
+            folder = Path(snapshot_download(where, allow_patterns=[*DESCRIPTIONS, weights]))
+            if (folder / weights).is_file():
+                break
+        return folder
     except Exception as problem:  # the client raises errors of many libraries; all of them mean: no weights
         reason = str(problem).strip().splitlines()[:1] or [type(problem).__name__]
         raise CheckpointError(
@@ -215,6 +220,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, OSError) as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         raise CheckpointError(f"{path} cannot be read ({reason[:160]})", "Get the file again") from problem
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CheckpointError(
+            f"{path} is not a dictionary of tensors", "Give the weights alone, as from_pretrained reads them"
+        )
     named = {_bert_name(name): tensor for name, tensor in tensors.items()}
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in named.items()}
 

@@ -26,6 +26,8 @@ class CaptionBatch(NamedTuple):
     regions: Regions
     input_ids: Tensor
     """(B, L): [CLS] caption [SEP] and padding up to `num_caption`, then tags [SEP] and padding."""
+    masked: Tensor
+    """(B, num_caption) bool: words to guess; see `choose_masked`."""
     images: Tensor
     """(B,) index of each image in its split."""
 
@@ -38,50 +40,45 @@ class CaptionObjective(nn.Module):
 
     Args:
         model: a model with the head `words`.
-        tokenizer: the special ids.
+        spec: the special ids.
         num_caption: places of the caption in `input_ids`.
-        mask_share, max_masked: share of the words that are masked, and their number at most (at least one is).
         label_smoothing: share of the target's probability that is spread over the vocabulary.
-        every_word: all words instead of a masked few.
+        every_word: all words instead of those that the batch masks.
     """
 
     def __init__(
         self,
         model: VLM,
-        tokenizer: TokenizerSpec,
+        spec: TokenizerSpec,
         num_caption: int,
-        mask_share: float = 0.15,
-        max_masked: int = 3,
         label_smoothing: float = 0.1,
         every_word: bool = False,
     ) -> None:
         super().__init__()
-        self.model, self.tokenizer, self.num_caption = model, tokenizer, num_caption
-        self.mask_share, self.max_masked, self.label_smoothing = mask_share, max_masked, label_smoothing
-        self.every_word = every_word
+        self.model, self.spec, self.num_caption = model, spec, num_caption
+        self.label_smoothing, self.every_word = label_smoothing, every_word
         train_words_only(model)
 
     def forward(self, batch: CaptionBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        caption_BL, tags_BG = batch.input_ids[:, : self.num_caption], batch.input_ids[:, self.num_caption :]
-        guess = self._every_word if self.every_word else self._masked_words
-        logits_MV, targets_M = guess(batch.regions, caption_BL, tags_BG)
+        logits_MV, targets_M = self._every_word(batch) if self.every_word else self._masked_words(batch)
         loss = F.cross_entropy(logits_MV, targets_M.long(), label_smoothing=self.label_smoothing)
         return loss, {"words": (logits_MV.argmax(-1) == targets_M).float().mean()}
 
-    def _masked_words(self, regions: Regions, caption_BL: Tensor, tags_BG: Tensor) -> tuple[Tensor, Tensor]:
-        masked_BL = choose_masked(caption_BL, self.tokenizer, self.mask_share, self.max_masked)
-        shown = torch.cat([caption_BL.masked_fill(masked_BL, self.tokenizer.mask_id), tags_BG], dim=1)
-        fused = self.model.fuse(regions, shown, num_caption=self.num_caption, seq2seq=True)
-        states_MD = fused.hidden_BTD[-1][:, : self.num_caption][masked_BL]
+    def _masked_words(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
+        caption_BL, tags_BG = batch.input_ids[:, : self.num_caption], batch.input_ids[:, self.num_caption :]
+        shown = torch.cat([caption_BL.masked_fill(batch.masked, self.spec.mask_id), tags_BG], dim=1)
+        fused = self.model.fuse(batch.regions, shown, num_caption=self.num_caption, seq2seq=True)
+        states_MD = fused.hidden_BTD[-1][:, : self.num_caption][batch.masked]
         assert self.model.word_head is not None, "a captioner has the head `words`"
-        return self.model.word_head(states_MD, self.model.fusion.words.weight), caption_BL[masked_BL]
+        return self.model.word_head(states_MD, self.model.fusion.words.weight), caption_BL[batch.masked]
 
-    def _every_word(self, regions: Regions, caption_BL: Tensor, tags_BG: Tensor) -> tuple[Tensor, Tensor]:
-        said_BL = caption_BL != self.tokenizer.pad_id
-        words_B1T = caption_BL[:, None, 1 : int(said_BL.sum(1).amax())]
-        draft = read_context(self.model, regions, tags_BG, self.num_caption)
-        logits = word_logits(self.model, draft, words_B1T, self.tokenizer)
-        counted = words_B1T != self.tokenizer.pad_id
+    def _every_word(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
+        caption_BL, tags_BG = batch.input_ids[:, : self.num_caption], batch.input_ids[:, self.num_caption :]
+        longest = int((caption_BL != self.spec.pad_id).sum(1).amax())
+        words_B1T = caption_BL[:, None, 1:longest]
+        draft = read_context(self.model, batch.regions, tags_BG, self.num_caption)
+        logits = word_logits(self.model, draft, words_B1T, self.spec)
+        counted = words_B1T != self.spec.pad_id
         return logits[counted], words_B1T[counted]
 
 
@@ -96,7 +93,9 @@ def train_words_only(model: VLM) -> None:
         model.fusion.trimmer.requires_grad_(False)
 
 
-def choose_masked(caption_BL: Tensor, tokenizer: TokenizerSpec, share: float, most: int) -> Tensor:
+def choose_masked(
+    caption_BL: Tensor, tokenizer: TokenizerSpec, share: float, most: int, generator: torch.Generator
+) -> Tensor:
     """Which words are masked, (B, L) bool: of every caption a random `share`, at least one and at most `most`.
 
     [SEP] is one of the words, so that the end is learned; [CLS] and padding are never masked. Masked words are always
@@ -104,7 +103,7 @@ def choose_masked(caption_BL: Tensor, tokenizer: TokenizerSpec, share: float, mo
     """
     maskable = (caption_BL != tokenizer.pad_id) & (caption_BL != tokenizer.cls_id)
     number_B1 = (maskable.sum(1, keepdim=True) * share).round().clamp(1, most)
-    order = torch.rand(caption_BL.shape, device=caption_BL.device).masked_fill(~maskable, 2.0).argsort(1).argsort(1)
+    order = torch.rand(caption_BL.shape, generator=generator).masked_fill(~maskable, 2.0).argsort(1).argsort(1)
     return (order < number_B1) & maskable
 
 
@@ -130,13 +129,13 @@ class SelfCritical(nn.Module):
         self, model: VLM, tokenizer: Tokenizer, rewards: CiderD, num_caption: int, num_samples: int, max_words: int
     ) -> None:
         super().__init__()
-        self.model, self.tokenizer, self.rewards = model, tokenizer, rewards
+        self.model, self.tokenizer, self.spec, self.rewards = model, tokenizer, tokenizer.spec, rewards
         self.num_caption, self.num_samples, self.max_words = num_caption, num_samples, max_words
         train_words_only(model)
 
     def forward(self, batch: CaptionBatch) -> tuple[Tensor, dict[str, Tensor]]:
         self.model.eval()
-        spec, tags = self.tokenizer.spec, batch.input_ids[:, self.num_caption :]
+        spec, tags = self.spec, batch.input_ids[:, self.num_caption :]
 
         def draft():
             return read_context(self.model, batch.regions, tags, self.num_caption)

@@ -1,6 +1,6 @@
 """Detection: what trains the extractor. Matching, losses and finding boxes; `average_precision.py` has the metric."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,10 @@ from edgevlm.tasks.average_precision import mean_average_precision as mean_avera
 RPN_POSITIVE, RPN_NEGATIVE, ROI_POSITIVE = 0.5, 0.3, 0.5
 NEGATIVES_PER_POSITIVE = 3
 MIN_NEGATIVES = 16
+ANCHORS_SAMPLED, MAX_POSITIVE_SHARE = 256, 0.5
+"""Of an image, where background is sampled at random (Faster R-CNN)."""
+RANDOM_COPIES = 3
+"""Shifted copies of each true box beside the proposals then; otherwise one."""
 MIN_CLAIM = 0.1
 """Overlap an object needs to claim its best anchors."""
 MIN_SCORE, MAX_SCORED, MAX_DETECTIONS = 0.01, 1000, 100
@@ -31,11 +35,18 @@ class Truth(NamedTuple):
 
 
 class DetectionObjective(nn.Module):
-    """RPN objectness and smooth-L1, class cross-entropy, class-agnostic smooth-L1, attribute BCE (MiniVLM, section 3)."""
+    """RPN objectness and smooth-L1, class cross-entropy, class-agnostic smooth-L1, attribute BCE (MiniVLM, section 3).
 
-    def __init__(self, tee: TEE) -> None:
+    Args:
+        tee: what is trained.
+        sampling: which background counts. `hardest`: the worst anchors, three to each on an object, and all boxes: quick
+            where background is plain. `random`: 256 anchors of an image, and three boxes to each on an object, drawn
+            anew each time: for photos, where the worst are often objects that nobody annotated.
+    """
+
+    def __init__(self, tee: TEE, sampling: Literal["hardest", "random"] = "hardest") -> None:
         super().__init__()
-        self.tee = tee
+        self.tee, self.sampling = tee, sampling
 
     def forward(
         self, pixels_BHWC: Tensor, boxes_BG4: Tensor, classes_BG: Tensor, attributes_BGA: Tensor
@@ -52,6 +63,8 @@ class DetectionObjective(nn.Module):
         return loss, {name: value.detach() for name, value in logs.items()}
 
     def _jittered(self, boxes_BG4: Tensor) -> Tensor:
+        if self.sampling == "random":
+            boxes_BG4 = boxes_BG4.repeat(1, RANDOM_COPIES, 1)
         sizes = (boxes_BG4[..., 2:] - boxes_BG4[..., :2]).repeat(1, 1, 2)
         noise = (torch.rand_like(boxes_BG4) * 2 - 1) * JITTER * sizes
         return torch.minimum((boxes_BG4 + noise).clamp(min=0.0), self.tee.limits)
@@ -67,11 +80,13 @@ class DetectionObjective(nn.Module):
         positive = (best_BM >= RPN_POSITIVE) | claimed_BM
         negative = (best_BM < RPN_NEGATIVE) & ~positive
         losses = F.binary_cross_entropy_with_logits(logits_BM, positive.to(logits_BM.dtype), reduction="none")
-        # The hardest negatives of each image, a fixed ratio to its positives.
-        num_negatives = (positive.sum(1) * NEGATIVES_PER_POSITIVE).clamp(min=MIN_NEGATIVES, max=losses.shape[1])
-        ranked = losses.detach().masked_fill(~negative, -1.0)
-        hardest = torch.topk(ranked, int(num_negatives.max()), dim=1).values
-        used = positive | (negative & (ranked >= hardest.gather(1, num_negatives.unsqueeze(1) - 1)))
+        if self.sampling == "random":
+            most = torch.full_like(positive[:, 0], int(ANCHORS_SAMPLED * MAX_POSITIVE_SHARE), dtype=torch.long)
+            positive = largest(torch.rand_like(losses), positive, most)
+            used = positive | largest(torch.rand_like(losses), negative, ANCHORS_SAMPLED - positive.sum(1))
+        else:
+            num_negatives = (positive.sum(1) * NEGATIVES_PER_POSITIVE).clamp(min=MIN_NEGATIVES)
+            used = positive | largest(losses.detach(), negative, num_negatives)
         objectness = (losses * used).sum() / used.sum().clamp(min=1)
         rows = positive.nonzero(as_tuple=True)
         targets = encode_boxes(anchors[rows[1]], matched_BM4[rows])
@@ -87,6 +102,9 @@ class DetectionObjective(nn.Module):
         # An attribute head of its own learns from the true classes; where there is none, its output is not used.
         output = self.tee.box_features(maps, proposals_BP4, labels.clamp(max=background - 1))
         real = (proposals_BP4[..., 2:] - proposals_BP4[..., :2]).amin(-1) > 1.0  # not padding
+        if self.sampling == "random":
+            num_negatives = (positive.sum(1) * NEGATIVES_PER_POSITIVE).clamp(min=MIN_NEGATIVES)
+            real = positive | largest(torch.rand_like(best_BP), real & ~positive, num_negatives)
         losses = F.cross_entropy(output.class_logits_BRC.transpose(1, 2), labels, reduction="none")
         classes = (losses * real).sum() / real.sum().clamp(min=1)
         count = positive.sum().clamp(min=1)
@@ -112,6 +130,14 @@ def match_anchors(anchors_M4: Tensor, boxes_G4: Tensor) -> tuple[Tensor, Tensor,
     best_M, match_M = iou_MG.max(dim=1)
     claimed = (iou_MG == iou_MG.amax(dim=0, keepdim=True)) & (iou_MG > MIN_CLAIM)
     return best_M, claimed.any(dim=1), boxes_G4[match_M]
+
+
+def largest(values_BM: Tensor, allowed_BM: Tensor, count_B: Tensor) -> Tensor:
+    """Mask (B, M) of the `count_B` largest non-negative values of each row among those allowed (all, if fewer)."""
+    count_B = count_B.clamp(min=1, max=values_BM.shape[1])
+    ranked = values_BM.masked_fill(~allowed_BM, -1.0)
+    top = torch.topk(ranked, int(count_B.max()), dim=1).values
+    return allowed_BM & (ranked >= top.gather(1, count_B.unsqueeze(1) - 1))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
 from edgevlm.models.registry import resolve_fusion
 from edgevlm.models.vlm import VLM
-from edgevlm.recipe import TeacherSection, TrainSection
+from edgevlm.recipe import FineTuneSection, TeacherSection, TrainSection
 from edgevlm.tasks import answers as task
 from edgevlm.tasks import vqa
 from edgevlm.tasks.entailment import per_class_accuracy
@@ -71,6 +71,13 @@ def answering_model(detector: VLM, manifest: Checkpoint, section: TeacherSection
     if section.answer_head == "linear":
         vqa.start_at_prior(model.head.outer)
     return model
+
+
+def warm(model: VLM, job: Job, section: FineTuneSection, manifest: Checkpoint) -> None:
+    """Start the fusion from what the run has pre-trained, else from what the section names, else leave it as it is."""
+    start = str(job.inputs["pretrain"]) if "pretrain" in job.inputs else section.start
+    if start is not None:
+        warm_start(model, start, job.inputs["detector"] / VOCABULARY, manifest.tokenizer, job.reporter)
 
 
 def batch_of(model: VLM, split: RegionSplit, rows: Tensor, min_regions: int = 1) -> AnswerBatch:
@@ -175,9 +182,7 @@ def train_teacher(job: Job) -> Checkpoint:
     detector, manifest = vlm.load(job.inputs["detector"])
     torch.manual_seed(recipe.seed + 1)
     model = answering_model(detector, manifest, section)
-    start = str(job.inputs["pretrain"]) if "pretrain" in job.inputs else section.start
-    if start is not None:
-        warm_start(model, start, job.inputs["detector"] / VOCABULARY, manifest.tokenizer, job.reporter)
+    warm(model, job, section, manifest)
     objective = AnswerObjective(model, recipe.referred_weight)
     fit_answers(objective, model, job, section, what="teacher", seed=recipe.seed + 1)
     metrics = evaluate(model, job)

@@ -1,5 +1,6 @@
-"""Stage `captioner`: train the fusion to caption images from cached regions and tags, and score what it says."""
+"""Stage `captioning`: train the fusion to caption images from cached regions and tags, and score what it says."""
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -7,28 +8,40 @@ from dataclasses import dataclass
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 
-from edgevlm.artifacts import VOCABULARY, Checkpoint, ModelConfig, TokenizerSpec
+from edgevlm import processes
+from edgevlm.artifacts import VOCABULARY, Checkpoint, TokenizerSpec
 from edgevlm.data import open_reader
 from edgevlm.data.text import Tokenizer
 from edgevlm.errors import DataError, RecipeError
 from edgevlm.job import Job
-from edgevlm.models import vlm
 from edgevlm.models.decoding import beam_search, greedy, read_context
-from edgevlm.models.registry import resolve_fusion
 from edgevlm.models.tee import TEE, Regions
 from edgevlm.models.vlm import VLM
 from edgevlm.recipe import CaptionSection, TrainSection
 from edgevlm.tasks.caption_metrics import score_captions
-from edgevlm.tasks.captioning import CaptionBatch, CaptionObjective, SelfCritical, nearest_by_tags, reward_words
+from edgevlm.tasks.captioning import (
+    CaptionBatch,
+    CaptionObjective,
+    SelfCritical,
+    choose_masked,
+    nearest_by_tags,
+    reward_words,
+)
 from edgevlm.tasks.cider import CiderD
+from edgevlm.train.batches import generator_of
+from edgevlm.train.captions import fit_captions, load_captions
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.loop import fit
 from edgevlm.train.regions import RegionSplit, cached_splits
+from edgevlm.train.start import fine_tuning_model
+from edgevlm.train.tags import own_tags, region_classes
 
 RESULTS = "captions_{split}.json"
 """What the model says of the images of a split, in the format of COCO's results."""
+CHUNK = 4096
+"""Images whose features are looked at together."""
 SEEN_AS = 0.5
 """An attribute of at least this probability belongs to the description of a region."""
 
@@ -37,8 +50,7 @@ SEEN_AS = 0.5
 class CaptionSplit:
     """One split: regions and tags of I images, and Q captions."""
 
-    regions: Regions
-    """(I, N, ...)."""
+    cache: RegionSplit
     tag_ids: Tensor
     """(I, G) int32: tags, [SEP] and padding."""
     image_index: Tensor
@@ -46,41 +58,35 @@ class CaptionSplit:
     caption_ids: Tensor
     """(Q, num_caption) int32: [CLS] caption [SEP] and padding."""
 
-    def batch(self, rows: Tensor, score_threshold: float, pad_id: int) -> CaptionBatch:
-        """Captions `rows` with the context of their images."""
-        images = self.image_index[rows]
-        regions, tag_ids = self.context(images, score_threshold, pad_id)
-        return CaptionBatch(regions, torch.cat([self.caption_ids[rows], tag_ids], dim=1), images)
+    def batch(self, rows: Tensor, score_threshold: float, spec: TokenizerSpec, share: float, most: int) -> CaptionBatch:
+        """Captions `rows` with the context of their images; which words are masked depends on the rows alone."""
+        images, captions = self.image_index[rows], self.caption_ids[rows]
+        masked = choose_masked(captions, spec, share, most, generator_of(rows))
+        regions, tag_ids = self.context(images, score_threshold, spec.pad_id)
+        return CaptionBatch(regions, torch.cat([captions, tag_ids], dim=1), masked, images)
 
     def context(self, images: Tensor, score_threshold: float, pad_id: int) -> tuple[Regions, Tensor]:
         """Regions and tags of images, without what is padding in all of them (it comes last)."""
-        num_regions = max(1, int((self.regions.scores_BN[images] >= score_threshold).sum(1).amax()))
         num_tags = int((self.tag_ids[images] != pad_id).any(0).sum())
-        regions = Regions(*(part[images, :num_regions] for part in self.regions))
-        return regions, self.tag_ids[images, :num_tags]
+        return self.cache.regions_of(images, score_threshold), self.tag_ids[images, :num_tags]
 
 
 def train_captioner(job: Job) -> Checkpoint:
     """Cross-entropy on masked words, then CIDEr itself if the recipe says so; metrics on every evaluation split."""
     section = caption_section(job)
-    detector, manifest = vlm.load(job.inputs["detector"])
-    tokenizer = Tokenizer(job.inputs["prepare"] / VOCABULARY, manifest.tokenizer)
     torch.manual_seed(job.recipe.seed + 1)
-    model = start_model(detector, manifest, section)
-    train = load_split(job, detector.tee, manifest, section, "train")
+    model, manifest = fine_tuning_model(job, section, ("words",))
+    tee = copy.deepcopy(model.tee)  # names tags on the CPU, wherever the model goes
+    tokenizer = Tokenizer(job.inputs["prepare"] / VOCABULARY, manifest.tokenizer)
+    train = load_split(job, tee, manifest, section, tokenizer, "train")
     objective = CaptionObjective(
-        model,
-        manifest.tokenizer,
-        section.num_caption,
-        section.mask_share,
-        section.max_masked,
-        section.label_smoothing,
-        section.every_word,
+        model, manifest.tokenizer, section.num_caption, section.label_smoothing, section.every_word
     )
-    _fit(job, objective, model, section, train, "captioner", torch.arange(len(train.caption_ids)))
+    _fit(job, objective, section, train, "captioner", torch.arange(len(train.caption_ids)))
     if section.self_critical is not None:
         criticise(job, model, section, train, tokenizer)
-    metrics = evaluate(job, model, detector.tee, manifest, section, train, tokenizer)
+    # Only the main process writes the checkpoint: the others need no metrics.
+    metrics = evaluate(job, model, tee, manifest, section, train, tokenizer) if processes.is_main() else {}
     changes = {"provenance": job.provenance, "model": model.config, "task": "captioning", "metrics": metrics}
     vocabulary = job.inputs["prepare"] / VOCABULARY
     return save_checkpoint(job.out_dir, model.cpu(), vocabulary, manifest.model_copy(update=changes))
@@ -104,14 +110,6 @@ def caption_section(job: Job) -> CaptionSection:
     return section
 
 
-def start_model(detector: VLM, manifest: Checkpoint, section: CaptionSection) -> VLM:
-    """The detector's extractor under an untrained fusion with a head of words."""
-    config = ModelConfig(tee=manifest.model.tee, fusion=resolve_fusion(section.fusion), heads=("words",))
-    model = VLM(config, manifest.preprocess, manifest.tokenizer, manifest.labels)
-    model.tee.load_state_dict(detector.tee.state_dict())
-    return model
-
-
 def criticise(job: Job, model: VLM, section: CaptionSection, train: CaptionSplit, tokenizer: Tokenizer) -> None:
     """Self-critical training on the images of the training split."""
     assert section.self_critical is not None
@@ -128,7 +126,7 @@ def criticise(job: Job, model: VLM, section: CaptionSection, train: CaptionSplit
     )
     # One row per image: all captions of an image are the references of whatever is drawn for it.
     rows = first_rows(train.image_index)
-    _fit(job, objective, model, section.self_critical, train, "captioner-cider", rows)
+    _fit(job, objective, section.self_critical, train, "captioner-cider", rows)
 
 
 def first_rows(image_index: Tensor) -> Tensor:
@@ -137,14 +135,20 @@ def first_rows(image_index: Tensor) -> Tensor:
 
 
 def _fit(
-    job: Job, objective: nn.Module, model: VLM, section: TrainSection, train: CaptionSplit, what: str, rows: Tensor
+    job: Job,
+    objective: CaptionObjective | SelfCritical,
+    how: TrainSection,
+    train: CaptionSplit,
+    what: str,
+    rows: Tensor,
 ) -> None:
-    pad_id, threshold = model.fusion.pad_id, model.config.tee.score_threshold
+    section, model, spec = caption_section(job), objective.model, objective.spec
+    masking = (section.mask_share, section.max_masked)
     fit(
         objective,
         len(rows),
-        lambda chosen: {"batch": train.batch(rows[chosen], threshold, pad_id)},
-        section,
+        lambda chosen: {"batch": train.batch(rows[chosen], model.config.tee.score_threshold, spec, *masking)},
+        how,
         what=what,
         work_dir=job.out_dir,
         key=f"{job.provenance.key}-{what}",
@@ -169,15 +173,15 @@ def evaluate(
     metrics: dict[str, float] = {}
     classes, attributes = manifest.labels.classes, manifest.labels.attributes
     rows = first_rows(train.image_index)
-    found = describe(tee, train.regions, classes, attributes, section.tag_confidence)
+    found = describe(tee, train.cache, classes, attributes, section.tag_confidence)
     known = [found[image] for image in train.image_index[rows].tolist()]
     known_captions = [tokenizer.decode(train.caption_ids[row].tolist()) for row in rows.tolist()]
     for name in cached_splits(job.inputs["regions"]):
         if name == "train":
             continue
-        split = load_split(job, tee, manifest, section, name)
+        split = load_split(job, tee, manifest, section, tokenizer, name)
         samples = read_captions(job, name, len(split.tag_ids))
-        found = describe(tee, split.regions, classes, attributes, section.tag_confidence)
+        found = describe(tee, split.cache, classes, attributes, section.tag_confidence)
         nearest = nearest_by_tags(found, known)
         references: dict[str, tuple[str, ...]] = {}
         said: dict[str, str] = {}
@@ -198,8 +202,8 @@ def evaluate(
             f"  captioner, {name}: CIDEr {scores.values['cider']:.3f}, BLEU-4 {scores.values['bleu4']:.3f} "
             f"(the training caption nearest by tags: {baseline['cider']:.3f}, {baseline['bleu4']:.3f})"
         )
-        for what, reason in scores.not_measured.items():
-            job.reporter.say(f"  {what} is not measured: {reason}")
+        for metric, reason in scores.not_measured.items():
+            job.reporter.say(f"  {metric} is not measured: {reason}")
     return metrics
 
 
@@ -227,38 +231,21 @@ def say(
 # --- captions and tags -------------------------------------------------------------------------------------------
 
 
-def load_split(job: Job, tee: TEE, manifest: Checkpoint, section: CaptionSection, split: str) -> CaptionSplit:
+def load_split(
+    job: Job, tee: TEE, manifest: Checkpoint, section: CaptionSection, tokenizer: Tokenizer, split: str
+) -> CaptionSplit:
     """Cached regions of a split with its tags and captions."""
     cache = RegionSplit.load(job.inputs["regions"], split)
-    regions = Regions(cache.features, cache.boxes, cache.scores)
-    vocabulary = job.inputs["prepare"] / VOCABULARY
-    spec = manifest.tokenizer
-    image_index, caption_ids = encoded_captions(
-        job,
-        split,
-        len(cache.features),
-        Tokenizer(vocabulary, spec.model_copy(update={"max_tokens": section.num_caption})),
+    captions = load_captions(job.inputs["regions"], split)
+    tag_ids = own_tags(
+        tee, cache, manifest.labels.classes, tokenizer, length=section.num_tags, min_score=section.tag_confidence
     )
-    tag_tokenizer = Tokenizer(vocabulary, spec.model_copy(update={"max_tokens": section.num_tags + 1}))
-    tags = class_tags(tee, regions, manifest.labels.classes, section.tag_confidence)
-    return CaptionSplit(regions, encode_tags(tags, tag_tokenizer), image_index, caption_ids)
-
-
-def encoded_captions(job: Job, split: str, num_images: int, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Image of each caption of a split (Q,), rising, and the captions (Q, max_tokens); what is too long is cut."""
-    pairs = [
-        (image, caption)
-        for image, (_, captions) in enumerate(read_captions(job, split, num_images))
-        for caption in captions
-    ]
-    if not pairs:
-        raise DataError(f"No image of split '{split}' has a caption", "Choose a dataset with captions")
-    ids = tokenizer.encode_batch([caption for _, caption in pairs], truncate=True)
-    return torch.tensor([image for image, _ in pairs]), torch.from_numpy(ids)
+    caption_ids = fit_captions(captions.input_ids, section.num_caption, tokenizer.spec.sep_id)
+    return CaptionSplit(cache, tag_ids, captions.image_index, caption_ids)
 
 
 def read_captions(job: Job, split: str, num_images: int) -> list[tuple[str, tuple[str, ...]]]:
-    """Id and captions of each image, in the order of the region cache.
+    """Id and captions of each image as they were written, in the order of the region cache.
 
     Raises:
         DataError: the dataset has fewer images now than were cached.
@@ -275,39 +262,27 @@ def read_captions(job: Job, split: str, num_images: int) -> list[tuple[str, tupl
 
 
 @torch.no_grad()
-def class_tags(tee: TEE, regions: Regions, classes: Sequence[str], confidence: float) -> list[list[str]]:
-    """Per image the classes of its regions of at least this score, best first, each once (MiniVLM's tags)."""
-    best_IN = tee.box_head.classes(regions.features_BND)[..., :-1].argmax(-1)
-    sure_IN = regions.scores_BN >= confidence
-    return [list(dict.fromkeys(classes[int(i)] for i in row[sure])) for row, sure in zip(best_IN, sure_IN, strict=True)]
-
-
-@torch.no_grad()
 def describe(
-    tee: TEE, regions: Regions, classes: Sequence[str], attributes: Sequence[str], confidence: float
+    tee: TEE, cache: RegionSplit, classes: Sequence[str], attributes: Sequence[str], confidence: float
 ) -> list[Counter[str]]:
-    """Per image how often each description of a region ('red large striped star') and each word of one was detected."""
-    best_IN = tee.box_head.classes(regions.features_BND)[..., :-1].argmax(-1)
-    seen_INA = tee.box_head.attributes(regions.features_BND).sigmoid() >= SEEN_AS
+    """Per image, in how many regions each description ('red large striped star') and each word of one was detected."""
     found: list[Counter[str]] = []
-    for best, seen, scores in zip(best_IN.tolist(), seen_INA.tolist(), regions.scores_BN.tolist(), strict=True):
-        counts: Counter[str] = Counter()
-        for index, has, score in zip(best, seen, scores, strict=True):
-            if score >= confidence:
-                words = [*(name for name, given in zip(attributes, has, strict=True) if given), classes[index]]
-                counts.update({*words, " ".join(words)})
-        found.append(counts)
+    for images in torch.arange(len(cache.scores)).split(CHUNK):
+        features = cache.features[images]
+        best = region_classes(tee, features).tolist()
+        # An attribute head of its own reads more than the cached features: then the classes are all there is.
+        head = tee.box_head.attributes
+        seen = (head(features).sigmoid() >= SEEN_AS).tolist() if head is not None else None
+        sure = (cache.scores[images] >= confidence).tolist()
+        for row in range(len(images)):
+            counts: Counter[str] = Counter()
+            for i in range(len(sure[row])):
+                if sure[row][i]:
+                    has = seen[row][i] if seen is not None else [False] * len(attributes)
+                    words = [
+                        *(name for name, given in zip(attributes, has, strict=True) if given),
+                        classes[best[row][i]],
+                    ]
+                    counts.update({*words, " ".join(words)})
+            found.append(counts)
     return found
-
-
-def encode_tags(tags: Sequence[Sequence[str]], tokenizer: Tokenizer) -> Tensor:
-    """Tags, [SEP] and padding: (I, max_tokens - 1) int32. An image without tags has [SEP] alone."""
-    spec: TokenizerSpec = tokenizer.spec
-    ids = torch.full((len(tags), spec.max_tokens - 1), spec.pad_id, dtype=torch.int32)
-    rows = [i for i, words in enumerate(tags) if words]
-    if ids.shape[1]:
-        ids[:, 0] = spec.sep_id
-    if rows:
-        texts = [" ".join(tags[i]) for i in rows]
-        ids[rows] = torch.from_numpy(tokenizer.encode_batch(texts, truncate=True)[:, 1:])  # without [CLS]
-    return ids

@@ -13,6 +13,7 @@ from edgevlm.data import Reader, open_reader
 from edgevlm.data.frames import Frames, materialise
 from edgevlm.data.pictures import Pictures, training_specs
 from edgevlm.data.preprocess import preprocess, unscale_boxes
+from edgevlm.data.problems import Reporting
 from edgevlm.job import Job
 from edgevlm.manifests import read_manifest
 from edgevlm.models.backbone import load_trunk
@@ -128,6 +129,9 @@ def train_detector(job: Job) -> Checkpoint:
         num_rows, make_batch = frames_source(
             load_frames(job, "train", recipe.data.num_train, texts=False), num_attributes
         )
+    if isinstance(reader, Reporting) and (counts := reader.problems.counts):
+        left_out = ", ".join(f"{number} x {kind}" for kind, number in counts.most_common())
+        job.reporter.say(f"  left out of the training data: {left_out}")
     torch.manual_seed(recipe.seed)
     manifest = Checkpoint(
         provenance=job.provenance,
@@ -144,7 +148,7 @@ def train_detector(job: Job) -> Checkpoint:
         model.tee = nn.SyncBatchNorm.convert_sync_batchnorm(model.tee)  # pyright: ignore
     model.tee.to(memory_format=torch.channels_last)  # pyright: ignore  (a quarter faster on CPUs)
     fit(
-        DetectionObjective(model.tee),
+        DetectionObjective(model.tee, section.sampling),
         num_rows,
         make_batch,
         section,

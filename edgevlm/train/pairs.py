@@ -12,7 +12,7 @@ from edgevlm.models.vlm import VLM
 from edgevlm.tasks import answers, pairs
 from edgevlm.train.answering import batch_of, fit_answers, freeze_extractor, save_answering
 from edgevlm.train.regions import AnswerBatch, RegionSplit, cached_splits
-from edgevlm.train.start import starting_model
+from edgevlm.train.start import fine_tuning_model
 
 
 class PairObjective(nn.Module):
@@ -84,7 +84,7 @@ def train_pairs(job: Job) -> Checkpoint:
     if section is None:
         raise RecipeError(f"Recipe {recipe.name} has no section 'pairs'", "Add one, or start from minivlm-nlvr2")
     torch.manual_seed(recipe.seed + 6)
-    model, manifest = starting_model(job, section, ("pair",), answer_dropout=section.dropout)
+    model, manifest = fine_tuning_model(job, section, ("pair",), answer_dropout=section.dropout)
     fit_answers(PairObjective(model), model, job, section, what="pairs", seed=recipe.seed + 6)
     metrics = evaluate_pairs(model, job)
     splits = [name.removeprefix("accuracy_") for name in metrics if name.startswith("accuracy_") and "." not in name]

@@ -185,7 +185,7 @@ def pretrain(job: Job) -> Checkpoint:
     metrics: dict[str, float] = {}
     cache = read_manifest(job.inputs["regions"], RegionCache, check_files=False)
     for name in (name for name in cache.num_images if name != "train"):
-        found = evaluate_pretraining(model, load_pairs(job, model.cpu(), manifest, name), section)
+        found = evaluate_pretraining(model, load_pairs(job, model, manifest, name), section)
         metrics |= {f"{metric}_{name}": value for metric, value in found.items()}
         job.reporter.say(
             f"  pretrain, {name}: masked words {found['word_accuracy']:.3f} right ({found['word_loss']:.2f} nats), "

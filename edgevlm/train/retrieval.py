@@ -1,6 +1,5 @@
 """Stage `retrieval`: fine-tune the matching head on captions and their images, and rank every pair or a shortlist."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -9,34 +8,21 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from edgevlm.artifacts import VOCABULARY, Checkpoint, Labels
-from edgevlm.data import open_reader
 from edgevlm.data.text import Tokenizer
 from edgevlm.errors import DataError, RecipeError
 from edgevlm.job import Job
-from edgevlm.manifests import read_manifest
 from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM
 from edgevlm.recipe import RetrievalSection
 from edgevlm.tasks import retrieval as task
 from edgevlm.train.answering import freeze_extractor, save_answering
+from edgevlm.train.captions import CaptionSplit, load_captions
 from edgevlm.train.loop import Batch, fit
 from edgevlm.train.regions import RegionSplit, cached_splits
-from edgevlm.train.start import starting_model
+from edgevlm.train.start import fine_tuning_model
 
 NUM_NEAR = 32
 """Images among which a hard negative is drawn."""
-
-
-@dataclass(frozen=True)
-class Captions:
-    """The captions of a split, encoded; C in all."""
-
-    image_index: Tensor
-    """(C,) int64 into the images of the region cache."""
-    input_ids: Tensor
-    """(C, L) int32."""
-    words: list[list[str]]
-    """Lower-case words of each caption, for the comparison with tags."""
 
 
 class MatchBatch(NamedTuple):
@@ -61,32 +47,13 @@ class MatchObjective(nn.Module):
         return task.match_loss(logits_B2, batch.fits), {"accuracy": (logits_B2.argmax(1) == batch.fits).float().mean()}
 
 
-def load_captions(job: Job, split: str, num_images: int) -> Captions:
-    """Captions of the first `num_images` images of a split, in the order of the region cache.
-
-    Raises:
-        DataError: the split has no captions.
-    """
-    recipe, source = job.recipe, job.inputs["detector"]
-    tokenizer = Tokenizer(source / VOCABULARY, read_manifest(source, Checkpoint, check_files=False).tokenizer)
-    reader = open_reader(recipe.data, recipe.task, recipe.seed, job.data_path)
-    flat = [
-        (image, caption)
-        for image, sample in enumerate(reader.samples(split, num_images))
-        for caption in sample.captions
-    ]
-    if not flat:
-        raise DataError(f"Split '{split}' of {recipe.data.dataset} has no captions", "Choose a dataset with captions")
-    texts = [caption for _, caption in flat]
-    return Captions(
-        torch.tensor([image for image, _ in flat]),
-        torch.from_numpy(tokenizer.encode_batch(texts, truncate=True)),
-        [text.lower().replace(".", " ").replace(",", " ").split() for text in texts],
-    )
+def caption_words(captions: CaptionSplit, tokenizer: Tokenizer) -> list[list[str]]:
+    """Words of each caption, for the comparison with tags."""
+    return [tokenizer.decode(row).split() for row in captions.input_ids.numpy()]
 
 
 def pairs_batch(
-    model: VLM, split: RegionSplit, captions: Captions, caption_B: Tensor, image_B: Tensor, fits_B: Tensor
+    model: VLM, split: RegionSplit, captions: CaptionSplit, caption_B: Tensor, image_B: Tensor, fits_B: Tensor
 ) -> MatchBatch:
     """Chosen pairs as `model` sees them, cut to what is not padding in all of them."""
     input_ids = captions.input_ids[caption_B]
@@ -97,23 +64,25 @@ def pairs_batch(
 
 @torch.no_grad()
 def score_pairs(
-    model: VLM, split: RegionSplit, captions: Captions, wanted_CI: np.ndarray, batch_size: int = 1024
+    model: VLM, split: RegionSplit, captions: CaptionSplit, wanted_CI: np.ndarray, batch_size: int = 1024
 ) -> np.ndarray:
     """How well each wanted pair fits (C, I): logit of 'fits' minus logit of 'does not'; other pairs stay `UNSCORED`."""
     model.eval()
     device = next(model.fusion.parameters()).device
     scores_CI = np.full(wanted_CI.shape, task.UNSCORED, np.float32)
-    caption_P, image_P = wanted_CI.nonzero()
-    # Neighbours of one length are padded least.
-    lengths_C = (captions.input_ids != model.fusion.pad_id).sum(1).numpy()
-    order_P = np.argsort(lengths_C[caption_P], kind="stable")
-    for start in range(0, len(order_P), batch_size):
-        rows = order_P[start : start + batch_size]
-        caption_B, image_B = torch.from_numpy(caption_P[rows]), torch.from_numpy(image_P[rows])
-        batch = pairs_batch(model, split, captions, caption_B, image_B, torch.ones_like(caption_B))
-        batch = send_to_device(batch, device)
-        logits_B2 = task.match_logits(model, batch.regions, batch.input_ids)  # pyright: ignore
-        scores_CI[caption_P[rows], image_P[rows]] = (logits_B2[:, 1] - logits_B2[:, 0]).float().cpu().numpy()
+    # Neighbours of one length are padded least; block by block, for a list of all pairs of COCO 5K takes gigabytes.
+    order_C = np.argsort((captions.input_ids != model.fusion.pad_id).sum(1).numpy(), kind="stable")
+    per_block = max(1, 64 * batch_size // wanted_CI.shape[1])
+    for first in range(0, len(order_C), per_block):
+        block = order_C[first : first + per_block]
+        row_P, image_P = wanted_CI[block].nonzero()
+        for start in range(0, len(row_P), batch_size):
+            chosen, images = block[row_P[start : start + batch_size]], image_P[start : start + batch_size]
+            caption_B, image_B = torch.from_numpy(chosen), torch.from_numpy(images)
+            batch = pairs_batch(model, split, captions, caption_B, image_B, torch.ones_like(caption_B))
+            batch = send_to_device(batch, device)
+            logits_B2 = task.match_logits(model, batch.regions, batch.input_ids)  # pyright: ignore
+            scores_CI[chosen, images] = (logits_B2[:, 1] - logits_B2[:, 0]).float().cpu().numpy()
     return scores_CI
 
 
@@ -128,15 +97,22 @@ def tag_index(model: VLM, split: RegionSplit, labels: Labels, chunk: int = 4096)
 
 
 def evaluate_retrieval(
-    model: VLM, split: RegionSplit, captions: Captions, labels: Labels, section: RetrievalSection
+    model: VLM, split: RegionSplit, captions: CaptionSplit, tags_CI: np.ndarray, section: RetrievalSection
 ) -> dict[str, float]:
     """Recalls of the model (all pairs, or a shortlist by tags that the model ranks again) and of the tags alone.
 
-    Keys: `tr@k`, `ir@k` over all images; `fold.*` where there are at least two folds (COCO: five of 1,000 images);
-    `tags.*` for the baseline; `passes_per_caption` is the share of the cost that a shortlist saves.
+    Args:
+        model: with the head `match`.
+        split: the images.
+        captions: of these images.
+        tags_CI: how well each caption fits the tags of each image (`tag_index`).
+        section: protocol.
+
+    Returns:
+        `tr@k`, `ir@k` over all images; `fold.*` where there are at least two folds (COCO: five of 1,000 images);
+        `tags.*` for the baseline; `passes_per_caption` is what they cost: pairs that went through the fusion.
     """
     image_C, num_images = captions.image_index.numpy(), len(split.scores)
-    tags_CI = tag_index(model, split, labels).scores(captions.words)
     by_caption = by_image = np.ones(tags_CI.shape, bool)
     if section.shortlist is not None:
         by_caption = task.shortlist(tags_CI, section.shortlist, axis=1)
@@ -166,11 +142,11 @@ def train_retrieval(job: Job) -> Checkpoint:
             f"Recipe {recipe.name} has no section 'retrieval'", "Add one, or start from minivlm-retrieval"
         )
     torch.manual_seed(recipe.seed + 5)
-    model, manifest = starting_model(job, section, ("match",))
+    model, manifest = fine_tuning_model(job, section, ("match",))
     split = RegionSplit.load(job.inputs["regions"], "train")
     if len(split.scores) < 2:
         raise DataError("Matching needs two images or more to train on", "Raise data.num_train")
-    captions, near_IK = load_captions(job, "train", len(split.scores)), None
+    captions, near_IK = load_captions(job.inputs["regions"], "train"), None
     if section.hard_negatives:
         near_IK = torch.from_numpy(tag_index(model, split, manifest.labels).near_images(NUM_NEAR))
 
@@ -194,14 +170,15 @@ def train_retrieval(job: Job) -> Checkpoint:
         seed=recipe.seed + 5,
         reporter=job.reporter,
     )
+    tokenizer = Tokenizer(job.inputs["detector"] / VOCABULARY, manifest.tokenizer)
     metrics: dict[str, float] = {}
     for name in cached_splits(job.inputs["regions"]):
         if name == "train":
             continue
-        split = RegionSplit.load(job.inputs["regions"], name)
-        captions = load_captions(job, name, len(split.scores))
-        rows = evaluate_retrieval(model, split, captions, manifest.labels, section)
-        metrics |= {f"{name}_{name}": value for name, value in rows.items()}
-        shown = [f"{name} {rows[name]:.3f} (tags {rows[f'tags.{name}']:.3f})" for name in ("tr@1", "ir@1", "ir@10")]
+        split, captions = RegionSplit.load(job.inputs["regions"], name), load_captions(job.inputs["regions"], name)
+        tags_CI = tag_index(model, split, manifest.labels).scores(caption_words(captions, tokenizer))
+        rows = evaluate_retrieval(model, split, captions, tags_CI, section)
+        metrics |= {f"{key}_{name}": value for key, value in rows.items()}
+        shown = [f"{key} {rows[key]:.3f} (tags {rows[f'tags.{key}']:.3f})" for key in ("tr@1", "ir@1", "ir@10")]
         job.reporter.say(f"  retrieval, {name} ({len(split.scores)} images): {', '.join(shown)}")
     return save_answering(job, model, manifest, metrics)

@@ -57,8 +57,8 @@ def tag_ids(
 
 @torch.no_grad()
 def region_classes(tee: TEE, features_IND: Tensor) -> Tensor:
-    """Best class of each region, (I, N) int64: a region's feature is what the box head's classifier reads."""
-    return tee.box_head.classes(features_IND)[..., :-1].argmax(-1)
+    """Best class of each region, (I, N) int64 on the CPU: a region's feature is what the box head's classifier reads."""
+    return tee.box_head.classes(features_IND.to(tee.anchors.device))[..., :-1].argmax(-1).cpu()
 
 
 def own_tags(tee: TEE, split: RegionSplit, names: Sequence[str], tokenizer: Tokenizer, **settings: float) -> Tensor:
@@ -86,7 +86,7 @@ def stronger_tags(
     for pixels in torch.from_numpy(frames.pixels).split(64):
         with torch.no_grad():
             regions = tee(pixels.to(tee.anchors.device).permute(0, 3, 1, 2).float())
-        classes.append(region_classes(tee, regions.features_BND).cpu())
+        classes.append(region_classes(tee, regions.features_BND))
         scores.append(regions.scores_BN.cpu())
     names = manifest.labels.classes
     return tag_ids(torch.cat(classes), torch.cat(scores), names, tokenizer, **settings)  # pyright: ignore[reportArgumentType]

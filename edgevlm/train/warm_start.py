@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from edgevlm.artifacts import TokenizerSpec
-from edgevlm.data.text import read_vocabulary
+from edgevlm.artifacts import VOCABULARY, TokenizerSpec
+from edgevlm.data.text import read_vocabulary, vocabulary_sha256
 from edgevlm.data.vocabulary import read_foreign
 from edgevlm.errors import CheckpointError
 from edgevlm.manifests import MANIFEST
 from edgevlm.models import vlm
-from edgevlm.models.text_weights import find_folder, load_text_weights
+from edgevlm.models.text_weights import find_folder, load_text_weights, trim_embeddings
 from edgevlm.models.vlm import VLM
 from edgevlm.progress import Reporter
 
@@ -38,7 +38,8 @@ def start_from(model: VLM, folder: Path, tokenizer: TokenizerSpec) -> Started:
     """Copy into `model`, in place, what fits of the fusion and heads of the checkpoint in `folder`.
 
     Args:
-        model: gets the parameters of equal name and shape.
+        model: gets the parameters of equal name and shape; where its vocabulary was trimmed from the checkpoint's, the
+            word table's rows that it kept.
         folder: a checkpoint, usually of the stage `pretrain`.
         tokenizer: of `model`.
 
@@ -47,10 +48,14 @@ def start_from(model: VLM, folder: Path, tokenizer: TokenizerSpec) -> Started:
     """
     source, manifest = vlm.load(folder)
     if manifest.tokenizer.vocab_sha256 != tokenizer.vocab_sha256:
-        raise CheckpointError(
-            f"The checkpoint in {folder} was trained with another vocabulary",
-            f"Set text.vocab to {folder / 'vocab.txt'}, without text.trim",
-        )
+        tokens, kept_ids = read_vocabulary(folder / VOCABULARY), tokenizer.kept_ids or ()
+        # The words of this run may be a part of those that the checkpoint knows.
+        if vocabulary_sha256([tokens[i] for i in kept_ids if i < len(tokens)]) != tokenizer.vocab_sha256:
+            raise CheckpointError(
+                f"The checkpoint in {folder} was trained with another vocabulary",
+                f"Set text.vocab to {folder / VOCABULARY}",
+            )
+        trim_embeddings(source.fusion, kept_ids, source.word_head)
     theirs, ours = _parts(source), _parts(model)
     copied = []
     with torch.no_grad():

@@ -16,6 +16,7 @@ from edgevlm.data.answers import (
     build_answers,
     normalise_answer,
     parse_answers,
+    spellings,
     strip_punctuation,
 )
 from edgevlm.errors import DataError
@@ -72,8 +73,9 @@ def test_nothing_of_the_marks_remains(text: str) -> None:
 def test_the_majority_answers_and_a_closed_list_wins() -> None:
     said = ["Net", "net", "netting", "the net", "mesh", "mesh"]
     assert agreed_answer(said) == "net"
-    assert agreed_answer(said, {"mesh", "netting"}) == "mesh"
-    assert agreed_answer(said, {"ball"}) == "net"
+    assert agreed_answer(said, spellings(["mesh", "netting"])) == "mesh"
+    assert agreed_answer(said, spellings(["ball"])) == "net"
+    assert agreed_answer(["T-shirt"], spellings(["t-shirt", "t shirt"])) == "t-shirt", "as the list spells it"
     assert agreed_answer(["b", "c"]) == "b", "the first of a tie"
 
 

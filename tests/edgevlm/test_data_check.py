@@ -2,6 +2,7 @@
 
 import json
 import logging
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from edgevlm.data.entries import Entry, make_samples
 from edgevlm.data.folders import Folder
 from edgevlm.data.problems import Problems
 from edgevlm.data.sample import Text
+from edgevlm.data.shards import Shard
 from edgevlm.errors import DataError
 from edgevlm.progress import Reporter
 from tests.edgevlm import dataset_folders as make
@@ -134,6 +136,38 @@ def test_boxes_that_remain_are_sound(own_picture: Path, boxes: list[tuple[float,
     assert (kept <= [WIDTH, HEIGHT, WIDTH, HEIGHT]).all()
     moved = [np.abs(kept[i] - array[index]).max() for i, index in enumerate(samples[0].classes)] if samples else []
     assert clip or all(distance <= 1 for distance in moved)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    states=st.lists(st.sampled_from(["good", "no image", "same id", "no words"]), max_size=20),
+    limit=st.none() | st.integers(0, 25),
+    world=st.integers(1, 5),
+)
+def test_parts_add_up_whatever_is_bad(own_picture: Path, states: list[str], limit: int | None, world: int) -> None:
+    entries = [
+        Entry(
+            "twice" if state == "same id" else str(i),
+            ("none.png" if state == "no image" else "0.png",),
+            "f",
+            i,
+            captions=((" " if state == "no words" else f"caption {i}", i),),
+        )
+        for i, state in enumerate(states)
+    ]
+
+    def read(shard: Shard) -> list[str]:
+        problems, labels = Problems("collect"), Labels(classes=(), attributes=(), answers=())
+        found = list(make_samples(iter(entries), Folder(own_picture), labels, problems, limit, shard))
+        assert limit is None or len(found) <= limit
+        return [sample.captions[0] for sample in found]
+
+    parts = [read(Shard(rank, world)) for rank in range(world)]
+    assert sorted(chain(*parts), key=lambda caption: int(caption.split()[1])) == read(Shard())
+    if limit is None:
+        first = states.index("same id") if "same id" in states else None
+        good = [i for i, state in enumerate(states) if state == "good" or i == first]
+        assert read(Shard()) == [f"caption {i}" for i in good]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import torch
 
 from edgevlm.models.regions import decode_boxes
 from edgevlm.models.tee import BOX_SCALE
-from edgevlm.tasks.detection import DetectionObjective, detect, mean_average_precision
+from edgevlm.tasks.average_precision import mean_average_precision
+from edgevlm.tasks.detection import DetectionObjective, detect
 from edgevlm.train.loop import parameter_groups
 from tests.edgevlm.tiny import tiny_vlm
 

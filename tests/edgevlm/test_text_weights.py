@@ -259,6 +259,9 @@ def test_other_shapes_are_named(bert: tuple[Any, Path], tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="No weights"):
         load_text_weights(tiny_fusion(), folder)
+    torch.save({"epoch": 3}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="is not a dictionary of tensors"):
+        load_text_weights(tiny_fusion(), folder)
     (folder / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_text_weights(tiny_fusion(), folder)
@@ -275,6 +278,25 @@ def test_without_a_network_a_name_is_one_line(monkeypatch: pytest.MonkeyPatch, t
     with pytest.raises(CheckpointError, match="No folder 'not a name'"):
         find_folder("not a name")
     assert find_folder(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("offered", [("model.safetensors", "pytorch_model.bin"), ("pytorch_model.bin",)])
+def test_a_name_on_the_hub_fetches_one_file_of_weights(
+    offered: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fetched: list[str] = []
+
+    def fake_hub(name: str, allow_patterns: list[str]) -> str:
+        assert name == "someone/some-bert"
+        for file in ("config.json", "vocab.txt", "README.md", *offered):
+            if file in allow_patterns and file not in fetched:
+                fetched.append(file)
+                (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fake_hub)
+    assert find_folder("someone/some-bert") == tmp_path
+    assert fetched == ["config.json", "vocab.txt", offered[0]]
 
 
 # --- trimming the word table -------------------------------------------------------------------------------------

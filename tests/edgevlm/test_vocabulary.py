@@ -187,7 +187,7 @@ def test_bert_spells_all_its_pieces() -> None:
 
 @pytest.mark.data
 def test_trimming_bert_to_real_sentences() -> None:
-    """NLVR's 3,163 training sentences: the same ids through the map, and a share of the table that is worth it."""
+    """NLVR's training sentences: the same ids through the map, and a share of the table that is worth it."""
     root = os.environ.get("EDGEVLM_DATA")
     if root is None:
         pytest.skip("EDGEVLM_DATA is not set")
