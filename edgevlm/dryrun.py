@@ -22,13 +22,13 @@ from edgevlm.artifacts import Checkpoint, FusionConfig, Labels, ModelConfig, Tok
 from edgevlm.data import open_reader
 from edgevlm.data.frames import Frames, RandomAccess, materialise
 from edgevlm.data.sample import Reader
-from edgevlm.errors import DataError, RecipeError
+from edgevlm.errors import DataError
 from edgevlm.manifests import read_manifest
 from edgevlm.models.fusion import BOX_NUMBERS
 from edgevlm.models.registry import FUSIONS, resolve_fusion, resolve_tee
 from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM
-from edgevlm.recipe import FineTuneSection, Recipe, TrainSection
+from edgevlm.recipe import Recipe, TrainSection
 from edgevlm.tasks.detection import DetectionObjective
 from edgevlm.train.answering import freeze_extractor
 from edgevlm.train.detector import make_truth
@@ -176,31 +176,19 @@ def _trainings(recipe: Recipe) -> Iterator[_Training]:
         yield _Training("detector", recipe.detector, "images")
     if recipe.task == "detection":
         return
-    fusion = None
     if (section := recipe.pretrain) is not None:
         fusion, length = resolve_fusion(section.fusion), section.caption_tokens + section.tag_tokens
         # Masked words see part of the text and matching all of it: two passes.
         yield _Training("pretrain", section, "captions", fusion, ("words", "match"), length, 2)
     if (section := recipe.retrieval) is not None:
-        yield _Training("retrieval", section, "captions", _start(section, fusion), ("match",), words, 2)
+        yield _Training("retrieval", section, "captions", resolve_fusion(section.fusion), ("match",), words, 2)
     if (section := recipe.pairs) is not None:
-        yield _Training("pairs", section, "texts", _start(section, fusion), ("pair",), words, 2)
+        yield _Training("pairs", section, "texts", resolve_fusion(section.fusion), ("pair",), words, 2)
     if (section := recipe.captioning) is not None:
         length = section.num_caption + section.num_tags
-        yield _Training("captioner", section, "captions", resolve_fusion(section.fusion), ("words",), length)
+        yield _Training("captioning", section, "captions", resolve_fusion(section.fusion), ("words",), length)
     elif recipe.retrieval is None and recipe.pairs is None:
         yield _Training("teacher", recipe.teacher, "texts", resolve_fusion(recipe.teacher.fusion), (), words)
-
-
-def _start(section: FineTuneSection, pretrained: FusionConfig | None) -> FusionConfig:
-    """The fusion that a fine-tuning starts from."""
-    if section.fusion is not None:
-        return resolve_fusion(section.fusion)
-    if pretrained is not None:
-        return pretrained
-    if section.start is None:
-        raise RecipeError("Fine-tuning has no fusion to start from", "Set `start` to a checkpoint, or `fusion`")
-    return read_manifest(Path(section.start), Checkpoint, check_files=False).model.fusion
 
 
 def _labels_of(extractor: str, labels: Labels) -> Labels:
