@@ -187,7 +187,7 @@ def _trainings(recipe: Recipe) -> Iterator[_Training]:
     if (section := recipe.captioning) is not None:
         length = section.num_caption + section.num_tags
         yield _Training("captioning", section, "captions", resolve_fusion(section.fusion), ("words",), length)
-    elif recipe.retrieval is None and recipe.pairs is None:
+    elif recipe.retrieval is None and recipe.pairs is None and recipe.task != "pretraining":
         yield _Training("teacher", recipe.teacher, "texts", resolve_fusion(recipe.teacher.fusion), (), words)
 
 
