@@ -357,7 +357,7 @@ class GateSection(Section):
 
 class Recipe(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    task: Literal["vqa", "reasoning", "entailment", "retrieval", "captioning", "detection"]
+    task: Literal["vqa", "reasoning", "entailment", "retrieval", "captioning", "pretraining", "detection"]
     seed: int = 0
     data: DataSection
     preprocess: PreprocessSpec

@@ -33,7 +33,7 @@ from edgevlm.compress.trim import check_rungs, trim
 from edgevlm.data import open_reader
 from edgevlm.data.frames import Frames, Questions, make_questions
 from edgevlm.data.text import Tokenizer
-from edgevlm.errors import BundleError, GateFailed
+from edgevlm.errors import BundleError, GateFailed, RecipeError
 from edgevlm.job import Job
 from edgevlm.manifests import read_manifest, whole_folder, write_manifest
 from edgevlm.models.backbone import create_trunk
@@ -206,6 +206,8 @@ def check_training(recipe: Recipe, data_path: str | None) -> None:
     open_reader(recipe.data, recipe.task, recipe.seed, data_path)
     if recipe.task == "detection":
         return
+    if recipe.task == "pretraining" and recipe.pretrain is None:
+        raise RecipeError(f"Recipe {recipe.name} has no section 'pretrain'", "Add one (docs/pretraining.md)")
     resolve_fusion(recipe.teacher.fusion)
     check_synthetic(recipe)
     if recipe.extractor is not None:
@@ -230,6 +232,8 @@ def check(recipe: Recipe, data_path: str | None) -> None:
     for where in (recipe.text.vocab, recipe.pretrain and recipe.pretrain.start, recipe.teacher.start):
         if where is not None:
             find_folder(where)
+    if "export" not in [stage.name for stage in stages_of(recipe)]:
+        return
     student = resolve_fusion(recipe.distil.fusion)
     check_rungs(recipe.trim, len(student.layer_heads), resolve_tee(recipe.tee).num_regions)
     for target in recipe.export.targets:
@@ -276,14 +280,17 @@ FINE_TUNING: dict[str, Stage] = {
 def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
     """The stages of a recipe, in order.
 
-    Detection ends with the detector, for there is nothing to answer; fine-tuning on retrieval, pairs or captioning
-    follows the cached regions. Pre-training stands before whatever is trained on the regions.
+    Detection ends with the detector, and task `pretraining` with pre-training, for there is nothing to answer;
+    fine-tuning on retrieval, pairs or captioning follows the cached regions. Otherwise pre-training, where there is
+    such a section, stands before whatever is trained on the regions.
     """
     names = [stage.name for stage in STAGES]
     if recipe.task == "detection":
         return STAGES[: 1 + names.index("detector")]
     at = 1 + names.index("regions")
     before, behind = STAGES[:at], STAGES[at:]
+    if recipe.task == "pretraining":
+        return (*before, PRETRAIN)
     ends = tuple(stage for section, stage in FINE_TUNING.items() if getattr(recipe, section) is not None)
     if ends:
         behind = ends

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from edgevlm import cli, dryrun
+from edgevlm import cli, dryrun, stages
+from edgevlm.artifacts import Checkpoint, Labels, ModelConfig, Provenance, TokenizerSpec
 from edgevlm.data.scenes import Scenes
-from edgevlm.errors import DataError, RecipeError, TrainingError
+from edgevlm.errors import CheckpointError, DataError, RecipeError, TrainingError
+from edgevlm.manifests import write_manifest
+from edgevlm.models.registry import FUSIONS, TEES
 from edgevlm.recipe import load_recipe
 from edgevlm.train.regions import RegionSplit, shard_path
+from tests.edgevlm.dataset_folders import vqav2_example
 from tests.edgevlm.tiny import tiny_regions
 
 
@@ -71,7 +75,7 @@ def test_the_cache_is_as_large_as_it_says(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_found_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TrainingError, match="batch_size to 16"):
+    with pytest.raises(TrainingError, match=r"detector\.batch_size to 16"):
         dryrun.examine(recipe(), None, processes=16)
     with pytest.raises(RecipeError, match="Did you mean 'test-tee'"):
         dryrun.examine(recipe("tee.name=test-te"), None)
@@ -86,6 +90,51 @@ def test_mistakes_are_found_before_anything_runs(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Scenes, "sample", broken)
     with pytest.raises(DataError, match="without area"):
         dryrun.examine(recipe(), None)
+
+
+def test_every_kind_of_training_is_planned(tmp_path: Path) -> None:
+    """The stages are those that `edgevlm train` runs, and their rows are what the task counts."""
+    captions = load_recipe("scenes-captions", ["data.num_train=40"])
+    plan = dryrun.examine(captions, None)
+    assert plan.stages[-1].name == stages.last_training(captions) == "captioning"
+    assert plan.stages[-1].num_rows == 40 * plan.splits[0].captions_per_image
+    paired = ["pretrain={fusion: {name: test-fusion}, steps: 9, batch_size: 8}", "data.num_train=40"]
+    paired += ["text.max_tokens=35", "retrieval={fusion: {name: test-fusion}, batch_size: 8, steps: 5}"]
+    detector, pretrain, retrieval = dryrun.examine(recipe(*paired), None).stages
+    assert (detector.num_rows, pretrain.steps, retrieval.steps) == (40, 9, 5)
+    assert stages.last_training(recipe(*paired)) == retrieval.name
+    assert stages.last_training(recipe()) == "teacher"
+    assert stages.last_training(recipe("task=detection")) == "detector"
+
+
+def test_minivlm_on_a_folder_of_vqav2(tmp_path: Path) -> None:
+    """The recipe as it ships, on a folder in VQAv2's layout and an extractor that another run left."""
+    labels = Labels(classes=("dog", "hat"), attributes=("red",), answers=())
+    spec = TokenizerSpec(vocab_sha256="", vocab_size=30522, max_tokens=128)
+    config = ModelConfig(tee=TEES["tee-d0"], fusion=FUSIONS["none"])
+    shipped = load_recipe("minivlm-vqav2")
+    left = Checkpoint(
+        provenance=Provenance(stage="detector", key="k"),
+        model=config,
+        task="detection",
+        preprocess=shipped.preprocess,
+        tokenizer=spec,
+        labels=labels,
+    )
+    (tmp_path / "detector").mkdir()
+    write_manifest(tmp_path / "detector", left)
+    folder = vqav2_example(tmp_path / "vqav2")
+    changed = load_recipe("minivlm-vqav2", [f"extractor={tmp_path / 'detector'}"])
+    plan = dryrun.examine(changed, str(folder))
+    (teacher,) = plan.stages
+    assert (teacher.name, teacher.steps, teacher.batch) == ("teacher", changed.teacher.steps, 128)
+    # MiniLM's published 21 million in the layers, and at most 30,522 word embeddings of 384
+    assert 21e6 < plan.parameters["fusion"] < 34e6
+
+
+def test_a_missing_extractor_is_found(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere.*manifest\.json is missing"):
+        dryrun.examine(recipe(f"extractor={tmp_path / 'nowhere'}"), None)
 
 
 def test_the_command_prints_tables_or_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
