@@ -111,7 +111,7 @@ def in_boxes(rng: Rng, scenes: Scenes, towers: bool) -> Sentence:
         lead = pick(rng, "each", "each", "all")
         form = pick(rng, "there is {q} {t} in {l} {n}", "{l} {n} has {q} {t}", "{l} {n} has {q} {t}", "{l} the {n} has {q} {t}",
                     "{l} 3 {n} has {q} {t}", "{l} of the {n} has {q} {t}", "{l} {n} has {q} {t} in it")  # fmt: skip
-        truth = holds.all(1)
+        truth = np.all(holds, 1)
         text = form.format(q=quantity, t=it.text, l=lead, n=noun)
     else:
         truth = np.any(holds, 1)
