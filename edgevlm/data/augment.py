@@ -44,7 +44,7 @@ def cut(
 ) -> tuple[Image.Image, np.ndarray, np.ndarray]:
     """What lies inside `window`; boxes keep their part of it, or go if that is less than `min_kept` of their area."""
     x1, y1, x2, y2 = window
-    clipped = np.clip(boxes, (x1, y1, x1, y1), (x2, y2, x2, y2)) - np.float32([x1, y1, x1, y1])
+    clipped = np.clip(boxes, (x1, y1, x1, y1), (x2, y2, x2, y2)) - np.array([x1, y1, x1, y1], np.float32)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     left = (clipped[:, 2] - clipped[:, 0]) * (clipped[:, 3] - clipped[:, 1])
     rows = np.flatnonzero((left >= min_kept * areas) & (left > 0))

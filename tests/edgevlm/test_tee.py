@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from edgevlm.models.regions import decode_boxes
-from edgevlm.models.tee import BOX_SCALE
+from edgevlm.models.tee import BOX_SCALE, TEE
 from edgevlm.tasks.average_precision import mean_average_precision
 from edgevlm.tasks.detection import DetectionObjective, detect
 from edgevlm.train.loop import parameter_groups
@@ -26,7 +26,7 @@ def pictures(number: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, to
     return torch.from_numpy(pixels), torch.from_numpy(boxes), torch.from_numpy(classes), attributes
 
 
-def perturbed_tee(seed: int = 0) -> torch.nn.Module:
+def perturbed_tee(seed: int = 0) -> TEE:
     """A random extractor whose heads spread their outputs, so that rows differ and NMS has work to do."""
     tee = tiny_vlm(seed).tee
     generator = torch.Generator().manual_seed(seed)
