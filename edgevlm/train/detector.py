@@ -130,7 +130,7 @@ def train_detector(job: Job) -> Checkpoint:
         num_rows, make_batch = frames_source(load_frames(job, "train", recipe.data.num_train), num_attributes)
     if counts := getattr(getattr(reader, "bad", None), "counts", None):
         left_out = ", ".join(f"{number} x {kind}" for kind, number in counts.most_common())
-        job.reporter.say(f"  left out of the training data: {left_out}")
+        job.reporter.say(f"  malformed records left out: {left_out}")
     torch.manual_seed(recipe.seed)
     manifest = Checkpoint(
         provenance=job.provenance,
