@@ -91,8 +91,10 @@ class DetectionObjective(nn.Module):
         objectness = (losses * used).sum() / used.sum().clamp(min=1)
         rows = positive.nonzero(as_tuple=True)
         targets = encode_boxes(anchors[rows[1]], matched_BM4[rows])
-        errors = F.smooth_l1_loss(deltas_BM4[rows], targets, beta=1 / 9, reduction="sum")
-        return objectness, errors / positive.sum().clamp(min=1)
+        errors = F.smooth_l1_loss(deltas_BM4[rows], targets, beta=1 / 9, reduction="none").sum(-1)
+        # Added up in place, as over all anchors: the sum's rounding then does not depend on how many are positive.
+        table_BM = torch.zeros_like(logits_BM).index_put(rows, errors)
+        return objectness, table_BM.sum() / positive.sum().clamp(min=1)
 
     def _roi_loss(self, proposals_BP4: Tensor, maps: list[Tensor], truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
         iou_BPG = box_iou(proposals_BP4, truth.boxes_BG4) * (truth.classes_BG >= 0).unsqueeze(1)

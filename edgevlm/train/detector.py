@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from edgevlm.artifacts import VOCABULARY, Checkpoint, ModelConfig, PreprocessSpec, Vocabulary
 from edgevlm.data import Reader, open_reader
-from edgevlm.data.frames import Frames, materialise
+from edgevlm.data.frames import Frames, RandomAccess, materialise
 from edgevlm.data.pictures import Pictures, training_specs
 from edgevlm.data.preprocess import preprocess, unscale_boxes
 from edgevlm.data.problems import Reporting
@@ -123,6 +123,8 @@ def train_detector(job: Job) -> Checkpoint:
     drawn_anew = recipe.task == "detection" or section.augment is not None or bool(section.short_sides_px)
     reader = open_reader(recipe.data, recipe.task, recipe.seed, job.data_path)
     if drawn_anew:
+        if isinstance(reader, RandomAccess):  # a mistake in the validation split shows now, not after the training
+            reader.num_samples("val", recipe.data.num_val)
         pictures = Pictures(reader, "train", recipe.data.num_train, section.augment)
         num_rows, make_batch = pictures_source(pictures, vocabulary.preprocess, section, num_attributes)
     else:
@@ -132,7 +134,7 @@ def train_detector(job: Job) -> Checkpoint:
         )
     if isinstance(reader, Reporting) and (counts := reader.problems.counts):
         left_out = ", ".join(f"{number} x {kind}" for kind, number in counts.most_common())
-        job.reporter.say(f"  left out of the training data: {left_out}")
+        job.reporter.say(f"  malformed records left out: {left_out}")
     torch.manual_seed(recipe.seed)
     manifest = Checkpoint(
         provenance=job.provenance,

@@ -30,6 +30,7 @@ def found(image: Image.Image, level: int) -> list[int]:
     return [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
 
 
+FLIP = AugmentSection(flip=1.0, min_cut=1.0, cut_probability=0.0, min_kept=0.4, colour=0.0)
 BOXES = [[3, 5, 20, 30], [40, 10, 80, 25], [30, 40, 50, 70]]
 
 
@@ -77,7 +78,7 @@ def test_training_sizes_keep_the_proportions() -> None:
 def test_drawn_pictures_hold_their_boxes_at_any_size(tmp_path: Path) -> None:
     """Twice the size, mirrored: each box is full of its colour and ends where the colour does (to the resize's blur)."""
     reader = Coco(make_folder(tmp_path), "detection")
-    pictures = Pictures(reader, "train", None, AugmentSection(flip=1.0))
+    pictures = Pictures(reader, "train", None, FLIP)
     for picture in pictures.draw(range(len(pictures)), PreprocessSpec(height=128, width=160), seed=1):
         for (x1, y1, x2, y2), colour in zip(picture.boxes.round().astype(int), picture.classes, strict=True):
             plane = picture.pixels_HWC[..., colour]
@@ -87,7 +88,7 @@ def test_drawn_pictures_hold_their_boxes_at_any_size(tmp_path: Path) -> None:
 
 
 def test_the_same_seed_draws_the_same(tmp_path: Path) -> None:
-    changes = AugmentSection(flip=0.5, min_cut=0.5, colour=0.4)
+    changes = AugmentSection(flip=0.5, min_cut=0.5, cut_probability=0.8, min_kept=0.4, colour=0.4)
     pictures = Pictures(Coco(make_folder(tmp_path), "detection"), "train", None, changes)
     spec = PreprocessSpec(height=64, width=64)
     first, again, other = (pictures.draw([2, 2, 0], spec, seed) for seed in (5, 5, 6))

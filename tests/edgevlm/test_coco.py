@@ -237,8 +237,8 @@ def test_aquarium_is_read_whole() -> None:
     """Counts by the publisher: 448 / 127 / 63 photos, 7 classes; boxes by the annotation files themselves."""
     reader = Coco(AQUARIUM, "detection", on_bad="skip")
     assert reader.labels.classes == ("fish", "jellyfish", "penguin", "puffin", "shark", "starfish", "stingray")
-    assert {split: reader.num_samples(split, None) for split in reader.splits} == {"train": 448, "val": 127, "test": 63}
-    for split, file in (("train", "train.json"), ("val", "valid.json"), ("test", "test.json")):
+    for split, file, images in (("train", "train.json", 448), ("val", "valid.json", 127), ("test", "test.json", 63)):
+        assert reader.num_samples(split, None) == images
         records = json.loads((AQUARIUM / file).read_text())["annotations"]
         flat = sum(record["bbox"][2] * record["bbox"][3] == 0 for record in records)
         assert flat == (2 if split == "test" else 0)

@@ -1,5 +1,7 @@
 """What passes through the filters stays itself: proposals, features, attributes; at any size, in either form of pooling."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from edgevlm.tasks.detection import DetectionObjective, detect_per_class, larges
 from tests.edgevlm.tiny import SPEC
 
 
-def tiny_tee(spec: PreprocessSpec = SPEC, num_attributes: int = 2, **changes: object) -> TEE:
+def tiny_tee(spec: PreprocessSpec = SPEC, num_attributes: int = 2, **changes: Any) -> TEE:
     torch.manual_seed(0)
     config: TEEConfig = TEES["test-tee"].model_copy(update=changes)
     return TEE(config, spec, 3, num_attributes).eval()
@@ -250,7 +252,7 @@ def test_detections_per_class() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"candidates_per_level": 20}, {"attribute_head": "own"}])
-def test_every_form_traces_in_static_shapes(changes: dict[str, object]) -> None:
+def test_every_form_traces_in_static_shapes(changes: dict[str, Any]) -> None:
     """What the targets export is the program that `torch.export` sees: the same regions, none of them data-dependent."""
     tee = tiny_tee(**changes)
     pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255
