@@ -74,6 +74,8 @@ class TokenizerSpec(Frozen):
     cls_id: int = 2
     sep_id: int = 3
     mask_id: int = 4
+    kept_ids: tuple[int, ...] | None = None
+    """After a vocabulary trim: each token's id in the vocabulary that was trimmed; None = not trimmed."""
 
 
 class Labels(Frozen):
@@ -121,6 +123,9 @@ class TEEConfig(Frozen):
     """Rows of that embedding; classes beyond share the last. None = one for each class. MiniVLM: 326 of 1591."""
     score_threshold: float = 0.2
     """Regions scoring below are masked out of the fusion."""
+    grid: tuple[int, ...] = ()
+    """Fixed boxes instead of detected ones: (1, 2, 4) = the whole image, 2 x 2 and 4 x 4 cells. For images unlike any that
+    the extractor was trained to find objects in; `num_regions` must be their number."""
 
 
 class FusionConfig(Frozen):
@@ -153,8 +158,13 @@ class ModelConfig(Frozen):
 
     tee: TEEConfig
     fusion: FusionConfig
-    heads: tuple[Literal["words", "match"], ...] = ()
-    """Further heads beside the answers': words (masked words and captions), match (does the text fit the image)."""
+    heads: tuple[Literal["words", "match", "pair"], ...] = ()
+    """Further heads beside the answers': words (masked words and captions), match (does the text fit the image), pair
+    (answers about two images)."""
+    answer_head: Literal["hidden", "linear"] = "hidden"
+    """One hidden layer, or a linear classifier (MiniVLM's for VQA)."""
+    answer_dropout: float = 0.0
+    """Before the linear classifier, and in the pair head."""
 
 
 class Rung(Frozen):
@@ -226,7 +236,7 @@ class Checkpoint(Artifact):
 
 
 class RegionCache(Artifact):
-    """Region features of whole splits, extracted once (`<split>.safetensors`)."""
+    """Region features of whole splits, extracted once (`<split>/images-*.parquet` and `<split>/questions-*.parquet`)."""
 
     kind: Literal["regions"] = "regions"
     preprocess_hash: str

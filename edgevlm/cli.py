@@ -22,6 +22,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+data_app = typer.Typer(help="Look at datasets before training on them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
@@ -65,6 +67,58 @@ def run(
     folders = run_stages(stages_of(loaded), loaded, folder, data_path=data, until=until, reporter=ConsoleReporter())
     if "scorecard" in folders:
         show_scorecard(folders["scorecard"], folders["export"], console)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Option(help="A shipped recipe (see `edgevlm recipes`) or a .yaml file.")],
+    out: Out = None,
+    data: Data = None,
+    overrides: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and count, train nothing.")] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="With --dry-run: plan for so many processes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train: the stages of `run` up to the trained model, resumable; `--dry-run` says what that would take."""
+    from edgevlm.processes import is_main, world_size
+    from edgevlm.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from edgevlm.stages import check_training, last_training, stages_of
+
+    check_training(loaded, data)
+    if dry_run:
+        from edgevlm import dryrun
+
+        if is_main():
+            plan = dryrun.examine(loaded, data, processes or world_size())
+            if as_json:
+                print(json.dumps(dryrun.as_dict(plan)))
+            else:
+                dryrun.render(plan, console)
+        return
+    from edgevlm.pipeline import run as run_stages
+    from edgevlm.progress import ConsoleReporter
+
+    folder = out or Path("runs") / loaded.name
+    last = last_training(loaded)
+    folders = run_stages(stages_of(loaded), loaded, folder, data_path=data, until=last, reporter=ConsoleReporter())
+    if is_main():
+        console.print(f"Trained: {folders[last]}")
+
+
+@app.command()
+def launch_config(
+    name: Annotated[str, typer.Argument(help="ddp: every GPU has the whole model. fsdp: they share its weights.")],
+) -> None:
+    """Print the path of a shipped config for `accelerate launch --config_file`."""
+    from edgevlm.errors import RecipeError, nearest
+
+    folder = Path(__file__).parent / "launch"
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        raise RecipeError(f"No launch config '{name}'", f"{nearest(name, names)} Shipped: {', '.join(names)}".strip())
+    print(folder / f"{name}.yaml")
 
 
 @app.command()
@@ -202,6 +256,27 @@ def doctor(as_json: Json = False) -> None:
         examine.render(findings, console)
 
 
+@data_app.command("check")
+def check_data(
+    dataset: Annotated[str, typer.Argument(help="A recipe, or a folder or .jsonl file (or URL) of your own data.")],
+    data: Data = None,
+    split: Annotated[list[str] | None, typer.Option(help="Repeat for several; default: all.")] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Read every record without training; say what is wrong, with file and line; exits 1 if anything is."""
+    from edgevlm.data import check as checking
+    from edgevlm.progress import ConsoleReporter
+
+    report = checking.check(dataset, data, split, overrides, ConsoleReporter())
+    if as_json:
+        print(json.dumps(checking.as_dict(report)))
+    else:
+        checking.render(report, console)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -215,7 +290,10 @@ def main() -> None:
     except EdgeVLMError as error:
         if "-v" in sys.argv or "--verbose" in sys.argv:
             raise
-        errors.print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        from edgevlm.processes import rank, world_size
+
+        where = f" (process {rank()})" if world_size() > 1 else ""
+        errors.print(f"[bold red]error{where}:[/] {error}", soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         errors.print("interrupted; the same command goes on from here")

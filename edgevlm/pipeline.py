@@ -3,6 +3,9 @@
 A stage is done if its folder holds a manifest with the right key, and the key is a hash of the recipe sections the
 stage reads, of its inputs' keys and of the data. So a second run does only what is missing, and a changed recipe
 reruns just what depends on the change. A stage writes into `.<name>.partial` and is renamed when it is whole.
+
+Under `accelerate launch` every process comes here. The main one holds the lock, decides what is to do and renames; the
+others take part in the stages that say `everywhere`, wait at the others, and leave after the last they take part in.
 """
 
 import contextlib
@@ -17,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from edgevlm import __version__
+from edgevlm import __version__, processes
 from edgevlm.artifacts import Artifact, Provenance, digest
 from edgevlm.errors import DataError, OutputInUse, RecipeError, nearest
 from edgevlm.job import Job
@@ -38,6 +41,8 @@ class Stage:
     """Stages whose artifacts it reads."""
     sections: tuple[str, ...]
     """Top-level recipe keys it reads; a change in any other leaves it done."""
+    everywhere: bool = False
+    """Every process of a launch runs it (training does); else the main one alone."""
 
 
 def stage_keys(stages: tuple[Stage, ...], recipe: Recipe, data_path: str | None) -> dict[str, str]:
@@ -90,24 +95,38 @@ def run(
         OutputInUse: another run holds the folder, or it holds something else.
         EdgeVLMError: whatever a stage raises; finished stages stay, the unfinished one goes on next time.
     """
-    reporter = reporter or Reporter()
+    main = processes.is_main()
+    reporter = (reporter if main else None) or Reporter()
     if until is not None and until not in (names := [stage.name for stage in stages]):
         raise RecipeError(f"No stage '{until}'", f"{nearest(until, names)} Stages: {', '.join(names)}")
     keys = stage_keys(stages, recipe, data_path)
     folders: dict[str, Path] = {}
-    with locked(out_dir, recipe):
-        for number, stage in enumerate(stages, 1):
+    planned = stages[: 1 + next((i for i, stage in enumerate(stages) if stage.name == until), len(stages))]
+    last_shared = max((i for i, stage in enumerate(planned, 1) if stage.everywhere), default=0)
+    with locked(out_dir, recipe) if main else contextlib.nullcontext():
+        for number, stage in enumerate(planned, 1):
             folder = folders[stage.name] = out_dir / stage.name
             label = f"[{number:2}/{len(stages)}] {stage.name}"
-            if _done(folder, keys[stage.name]):
+            shared = number <= last_shared
+            if not main and not shared:
+                continue
+            agreed, meet = (processes.from_main, processes.barrier) if shared else (_alone, lambda: None)
+            if agreed(_done(folder, keys[stage.name])):
                 reporter.say(f"{label}: done before")
-            else:
-                reporter.say(f"{label} ...")
-                start = time.monotonic()
-                _run_stage(stage, recipe, folder, folders, keys, data_path, reporter)
-                reporter.say(f"  {stage.name} took {time.monotonic() - start:.0f} s")
-            if stage.name == until:
-                break
+                continue
+            reporter.say(f"{label} ...")
+            start = time.monotonic()
+            job = _job(stage, recipe, folder, folders, keys, data_path, reporter)
+            whole = agreed(_open_partial(job) if main else False)
+            if not whole and (main or stage.everywhere):
+                stage.run(job)
+            meet()  # nobody still writes
+            if main:
+                if not whole:
+                    _record_seconds(job.out_dir / MANIFEST, time.monotonic() - start)
+                _put_in_place(job.out_dir, folder)
+            meet()  # the artifact is there under its name
+            reporter.say(f"  {stage.name} took {time.monotonic() - start:.0f} s")
     return folders
 
 
@@ -118,7 +137,7 @@ def _done(folder: Path, key: str) -> bool:
         return False
 
 
-def _run_stage(
+def _job(
     stage: Stage,
     recipe: Recipe,
     folder: Path,
@@ -126,17 +145,7 @@ def _run_stage(
     keys: dict[str, str],
     data_path: str | None,
     reporter: Reporter,
-) -> None:
-    partial = folder.with_name(f".{folder.name}.partial")
-    key_file = partial / ".key"
-    if _done(partial, keys[stage.name]):  # killed between the stage's last write and the renaming
-        _put_in_place(partial, folder)
-        return
-    if not key_file.is_file() or key_file.read_text() != keys[stage.name]:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        key_file.write_text(keys[stage.name])
-    started = time.monotonic()
+) -> Job:
     provenance = Provenance(
         stage=stage.name,
         key=keys[stage.name],
@@ -149,9 +158,28 @@ def _run_stage(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     inputs = {name: folders[name] for name in stage.inputs}
-    stage.run(Job(recipe, inputs, partial, provenance, data_path, reporter))
-    _record_seconds(partial / MANIFEST, time.monotonic() - started)
-    _put_in_place(partial, folder)
+    return Job(recipe, inputs, folder.with_name(f".{folder.name}.partial"), provenance, data_path, reporter)
+
+
+def _alone(value: bool) -> bool:
+    return value
+
+
+def _open_partial(job: Job) -> bool:
+    """Keep the half-done folder of an earlier try with the same key, or start an empty one.
+
+    Returns:
+        Whether it is whole: a run was killed between the stage's last write and the renaming.
+    """
+    partial, key = job.out_dir, job.provenance.key
+    key_file = partial / ".key"
+    if _done(partial, key):
+        return True
+    if not key_file.is_file() or key_file.read_text() != key:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        key_file.write_text(key)
+    return False
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:

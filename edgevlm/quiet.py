@@ -12,6 +12,7 @@ def hush() -> None:
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "TOKENIZERS_PARALLELISM": "false",
         "GLOG_minloglevel": "2",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }.items():
         os.environ.setdefault(name, value)
     for name in ("timm", "torch", "onnxscript", "onnx_ir", "coremltools", "nncf", "jax", "datasets", "accelerate"):

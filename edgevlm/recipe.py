@@ -6,7 +6,7 @@ start from another one with `base: <name or path>` and then states only what dif
 
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -32,6 +32,10 @@ class DataSection(Section):
     num_test: int | None = Field(None, gt=0)
     texts_per_image: int = Field(8, gt=0)
     """Questions or sentences per image, where the dataset can draw any number."""
+    captions_per_image: int = Field(1, gt=0)
+    """Captions per image, where the dataset can draw any number."""
+    answers: str | None = None
+    """File with the closed list of answers (JSON list, or one per line); None = the frequent training answers."""
     annotations: dict[str, str] = {}
     """Split -> annotation file inside the folder (datasets of one format, like coco); else the usual names are tried."""
     images: dict[str, str] = {}
@@ -44,6 +48,17 @@ class TextSection(Section):
     vocab_size: int = Field(512, ge=32)
     """Upper limit of the WordPiece vocabulary that `prepare` trains."""
     max_tokens: int = Field(24, ge=4)
+    vocab: str | None = None
+    """A BERT vocabulary instead of a trained one: a `vocab.txt`, a folder that holds one, or a model on the Hugging Face
+    hub. A fusion that starts from a text model needs that model's."""
+    trim: bool = False
+    """Keep of `vocab` only the pieces that the training texts use, and every single character."""
+
+    @model_validator(mode="after")
+    def _something_to_trim(self) -> "TextSection":
+        if self.trim and self.vocab is None:
+            raise ValueError("trim needs vocab: a trained vocabulary holds nothing that the texts do not use")
+        return self
 
 
 class Choice(Section):
@@ -60,11 +75,26 @@ class Choice(Section):
 class TrainSection(Section):
     steps: int = Field(gt=0)
     batch_size: int = Field(64, gt=0)
+    """Rows per step, over all processes and pieces: a recipe gives the same model on one GPU and on eight."""
+    accumulate: int = Field(1, gt=0)
+    """Pieces into which each process cuts its share of a batch, one after the other: less memory for the same step."""
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of SGD. MiniVLM's detector: base rate 0.075 at batch 16, weight decay 1e-5."""
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps with a rising learning rate; linear decay afterwards."""
+    """Share of the steps with a rising learning rate; `schedule` says how it falls afterwards."""
+    schedule: Literal["linear", "cosine"] = "linear"
     clip_norm: float = Field(5.0, gt=0)
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of a moving average of the weights (0.9998, say), which is then evaluated and saved; None = none."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the matrix products; weights and sums stay float32. `auto`: bf16 on an NVIDIA GPU, fp32 elsewhere."""
+    compile: bool = False
+    """Compile the objective with torch.compile: minutes at the start for faster steps; needs a C++ compiler."""
+    loaders: int = Field(1, ge=0)
+    """Threads that prepare batches ahead; 0 = each when its step asks for it."""
     save_every: int = Field(200, gt=0)
     """Steps between resumable snapshots."""
 
@@ -91,14 +121,69 @@ class DetectorSection(TrainSection):
     augment: AugmentSection | None = None
     sampling: Literal["hardest", "random"] = "hardest"
     """Which background is trained on: `random` as in the papers and for photos (`edgevlm.tasks.detection`)."""
-    optimiser: Literal["adamw", "sgd"] = "adamw"
-    """`sgd` has Nesterov-free momentum 0.9; MiniVLM's: base rate 0.075 at batch 16, weight decay 1e-5."""
     sync_batchnorm: bool = False
     """Share the batch norms' statistics among the processes."""
 
 
-class TeacherSection(TrainSection):
+class RegionsSection(Section):
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the features on disk; float16 halves the cache and rounds them to three digits."""
+    shard_images: int = Field(1024, gt=0)
+    """Images per file; what a killed run loses at most, and the unit that processes share."""
+
+
+class PretrainSection(TrainSection):
+    """Masked words and matching on captions and tags; defaults are MiniVLM's (its 7M set: 100 epochs)."""
+
     fusion: Choice
+    start: str | None = None
+    """As in `teacher.start`."""
+    steps: int = Field(339_800, gt=0)
+    batch_size: int = Field(2048, gt=0)
+    lr: float = Field(4e-4, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    caption_tokens: int = Field(20, ge=3)
+    """Places of a caption with [CLS] and [SEP]; longer ones are cut."""
+    tag_tokens: int = Field(15, ge=1)
+    """Places of the tags with [SEP]."""
+    num_regions: int = Field(50, gt=0)
+    """Regions at most, best first."""
+    mask_share: float = Field(0.15, gt=0, lt=1)
+    """Of the caption's and tags' words."""
+    max_masked: int = Field(5, gt=0)
+    """Per text."""
+    seq2seq: bool = True
+    """Masked words see the words before them only, as in generation; matching always sees all."""
+    replaced_tags: float = Field(0.5, ge=0, le=1)
+    """Share of the texts that carry another image's tags in matching."""
+    replaced_captions: float = Field(0.0, ge=0, le=1)
+    """Share that carry another image's caption (image-text matching; MiniVLM's 0: its captions are never replaced)."""
+    tag_confidence: float = Field(0.8, ge=0, le=1)
+    """Regions scoring below give no tag."""
+    tagger: str | None = None
+    """Checkpoint folder of a stronger detector that makes the tags, used in this stage only; None = the model's own."""
+
+    @model_validator(mode="after")
+    def _at_most_all(self) -> "PretrainSection":
+        if self.replaced_tags + self.replaced_captions > 1:
+            raise ValueError("replaced_tags and replaced_captions are shares of the same texts: at most 1 together")
+        return self
+
+
+class FineTuneSection(TrainSection):
+    """What is trained on the cached regions for a task."""
+
+    fusion: Choice
+    start: str | None = None
+    """Where the fusion starts: a checkpoint folder, a Hugging Face text model's folder, or its name on the hub. None =
+    from the stage `pretrain` where the recipe has one (not the student), else untrained."""
+
+
+class TeacherSection(FineTuneSection):
+    answer_head: Literal["hidden", "linear"] = "hidden"
+    """One hidden layer, or a linear classifier that starts at probability 0.01 per answer (MiniVLM's for VQA)."""
+    answer_dropout: float = Field(0.0, ge=0, lt=1)
+    """Before the linear classifier; MiniVLM's is 0.3."""
 
 
 class DistilSection(TeacherSection):
@@ -106,6 +191,31 @@ class DistilSection(TeacherSection):
     """loss = (1 - kd_weight) x task + kd_weight x distillation (EfficientVLM, section 3)."""
     hidden_weight: float = Field(0.1, ge=0)
     attention_weight: float = Field(1.0, ge=0)
+
+
+class RetrievalSection(FineTuneSection):
+    """Matching captions and images; defaults are those of MiniVLM's public COCO configuration."""
+
+    batch_size: int = Field(128, gt=0)
+    """Captions per step, each with its image and with one random negative: twice as many pairs."""
+    lr: float = Field(2e-5, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    hard_negatives: float = Field(0.0, ge=0, le=1)
+    """Share of the negatives drawn among the 32 images with the most similar tags (ours; MiniVLM's are all random)."""
+    shortlist: int | None = Field(None, gt=0)
+    """Images per caption, and captions per image, that tag overlap hands to the model; None = all pairs are ranked."""
+    fold_images: int = Field(1000, gt=0)
+    """Images per fold of the second protocol (COCO 1K: the average over five folds)."""
+
+
+class PairsSection(FineTuneSection):
+    """Sentences about two images; defaults are Oscar's for NLVR2 (MiniVLM's are not public)."""
+
+    batch_size: int = Field(72, gt=0)
+    lr: float = Field(3e-5, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    dropout: float = Field(0.3, ge=0, lt=1)
+    """In the three-layer pair head."""
 
 
 class PruneSection(TrainSection):
@@ -136,6 +246,48 @@ class TrimSection(TrainSection):
         budgets = list(self.rungs.values())
         if budgets != sorted(set(budgets), reverse=True) or budgets[-1] < 1:
             raise ValueError("rungs must go from the largest budget to the smallest, each smaller than the one before")
+        return self
+
+
+class SelfCriticalSection(TrainSection):
+    lr: float = Field(1e-6, gt=0)
+    num_samples: int = Field(5, gt=0)
+    """Captions drawn per image and step; each is compared with the greedy one."""
+
+
+class CaptionSection(FineTuneSection):
+    """Defaults are the published fine-tuning on COCO captions (20 epochs; MiniVLM authors' configuration)."""
+
+    batch_size: int = Field(512, gt=0)
+    lr: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    num_caption: int = Field(40, ge=4)
+    """Text tokens for the caption, with [CLS] and [SEP]; longer ones are cut."""
+    num_tags: int = Field(30, ge=1)
+    """Text tokens for the tags behind it; `text.max_tokens` must hold both."""
+    tag_confidence: float = Field(0.2, ge=0, le=1)
+    """Regions of at least this score give their class as a tag."""
+    every_word: bool = False
+    """Learn all words of a caption at once, each from exactly what generation shows (ours), instead of a masked few."""
+    mask_share: float = Field(0.15, gt=0, le=1)
+    max_masked: int = Field(3, gt=0)
+    """Words of a caption that are masked at most."""
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    max_words: int = Field(20, gt=0)
+    """Longest caption that is generated, in word pieces."""
+    num_beams: int = Field(1, gt=0)
+    """1 = greedy."""
+    length_penalty: float = Field(1.0, ge=0)
+    """A beam's score is its log-probability / length ** length_penalty."""
+    no_repeat: int = Field(0, ge=0)
+    """No sequence of so many word pieces twice in a caption; 0 = free."""
+    self_critical: SelfCriticalSection | None = None
+    """CIDEr optimisation afterwards; None = cross-entropy only."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "CaptionSection":
+        if self.max_words >= self.num_caption:
+            raise ValueError("max_words must be smaller than num_caption: [CLS] takes one place")
         return self
 
 
@@ -178,7 +330,7 @@ class GateSection(Section):
 
 class Recipe(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    task: Literal["vqa", "reasoning", "detection"]
+    task: Literal["vqa", "reasoning", "entailment", "retrieval", "captioning", "pretraining", "detection"]
     seed: int = 0
     data: DataSection
     preprocess: PreprocessSpec
@@ -186,16 +338,34 @@ class Recipe(Section):
     referred_weight: float = Field(1.0, ge=0)
     """Weight of the auxiliary loss 'which regions does the text refer to', where the data say so."""
     tee: Choice
+    extractor: str | None = None
+    """Folder of a trained detector (a checkpoint) whose extractor is taken as it is, with its classes and attributes;
+    None = the stage `detector` trains one on this data's boxes. `tee` must name its shape."""
     detector: DetectorSection
+    regions: RegionsSection = RegionsSection()  # pyright: ignore[reportCallIssue]
+    pretrain: PretrainSection | None = None
+    """Learn from captions and tags before any task; None = no such stage."""
     teacher: TeacherSection
     distil: DistilSection
+    retrieval: RetrievalSection | None = None
+    """Image-text retrieval, where the run has that stage."""
+    pairs: PairsSection | None = None
+    """Sentences about two images (NLVR2), where the run has that stage."""
     prune: PruneSection
     trim: TrimSection
+    captioning: CaptionSection | None = None
+    """Fine-tune on captioning, and end there; None = another task."""
     calibration: CalibrationSection = CalibrationSection()  # pyright: ignore[reportCallIssue]
     export: ExportSection = ExportSection()  # pyright: ignore[reportCallIssue]
     verify: VerifySection = VerifySection()  # pyright: ignore[reportCallIssue]
     bench: BenchSection = BenchSection()  # pyright: ignore[reportCallIssue]
     gates: GateSection = GateSection()
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "Recipe":
+        if self.pretrain is not None and self.teacher.start is not None:
+            raise ValueError("teacher.start and pretrain exclude each other: the teacher starts from one of them")
+        return self
 
 
 def shipped_recipes() -> list[str]:
@@ -272,13 +442,18 @@ def _apply(values: dict[str, Any], override: str) -> None:
     values[last] = yaml.safe_load(text)
 
 
+def _section_in(annotation: Any) -> Any:
+    """The section of a field that may also be None."""
+    return next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)
+
+
 def _explain(problem: ValidationError, source: str) -> RecipeError:
     error = problem.errors()[0]
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         section: Any = Recipe
         for part in error["loc"][:-1]:
-            section = section.model_fields[str(part)].annotation
+            section = _section_in(section.model_fields[str(part)].annotation)
         hint = nearest(str(error["loc"][-1]), section.model_fields)
         known = ", ".join(section.model_fields)
         return RecipeError(f"Unknown key '{where}' in recipe {source}", f"{hint} Known keys here: {known}".strip())

@@ -4,6 +4,7 @@ Each function fits one step of the packages below to `stage(job) -> artifact`; w
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from edgevlm.artifacts import (
     Gate,
     ParityReport,
     Provenance,
+    RegionCache,
     Scorecard,
+    Vocabulary,
     digest,
 )
 from edgevlm.bench.local import bench_bundle
@@ -30,11 +33,12 @@ from edgevlm.compress.trim import check_rungs, trim
 from edgevlm.data import open_reader
 from edgevlm.data.frames import Frames, Questions, make_questions
 from edgevlm.data.text import Tokenizer
-from edgevlm.errors import BundleError, GateFailed
+from edgevlm.errors import BundleError, GateFailed, RecipeError
 from edgevlm.job import Job
 from edgevlm.manifests import read_manifest, whole_folder, write_manifest
 from edgevlm.models.backbone import create_trunk
 from edgevlm.models.registry import resolve_fusion, resolve_tee
+from edgevlm.models.text_weights import find_folder
 from edgevlm.pipeline import Stage
 from edgevlm.progress import Reporter
 from edgevlm.recipe import BenchSection, Recipe, parse_recipe
@@ -42,9 +46,14 @@ from edgevlm.report import write_scorecard
 from edgevlm.report.scorecard import join
 from edgevlm.report.terminal import print_scorecard
 from edgevlm.train.answering import train_teacher
+from edgevlm.train.captioning import train_captioner
 from edgevlm.train.detector import load_frames, train_detector
+from edgevlm.train.pairs import train_pairs
 from edgevlm.train.prepare import prepare
+from edgevlm.train.pretraining import check_pretraining, pretrain
 from edgevlm.train.regions import cache_regions
+from edgevlm.train.retrieval import train_retrieval
+from edgevlm.train.transfer import adopt_extractor
 from targets.base import check_target, load_exporter
 
 CALIBRATION_POOL = 500
@@ -58,7 +67,12 @@ def _questions(job: Job, checkpoint: Path, split: str, num_images: int) -> tuple
     manifest = read_manifest(checkpoint, Checkpoint)
     frames = load_frames(job, split, num_images)
     tokenizer = Tokenizer(checkpoint / VOCABULARY, manifest.tokenizer)
-    return frames, make_questions(frames, tokenizer, manifest.labels), manifest
+    return frames, make_questions(frames, tokenizer, manifest.labels).known(), manifest
+
+
+def detector(job: Job) -> Checkpoint:
+    """Train the extractor, or take the one that the recipe names."""
+    return train_detector(job) if job.recipe.extractor is None else adopt_extractor(job)
 
 
 def calibrate(job: Job) -> CalibrationSet:
@@ -140,7 +154,11 @@ def score(job: Job) -> Scorecard:
         if "accuracy_dev" in checkpoint.metrics:  # datasets that publish both are reported on both
             training[f"{name} (dev)"] = checkpoint.metrics["accuracy_dev"]
     detector = read_manifest(job.inputs["detector"], Checkpoint, check_files=False)
-    stages = {"detector": detector, **checkpoints, "export": bundle, "verify": parity, "bench": latency}
+    vocabulary = read_manifest(job.inputs["prepare"], Vocabulary, check_files=False)
+    regions = read_manifest(job.inputs["regions"], RegionCache, check_files=False)
+    calibration = read_manifest(job.inputs["calibrate"], CalibrationSet, check_files=False)
+    stages = {"prepare": vocabulary, "detector": detector, "regions": regions, **checkpoints}
+    stages |= {"calibrate": calibration, "export": bundle, "verify": parity, "bench": latency}
     seconds = {name: artifact.provenance.seconds for name, artifact in stages.items()}
     gates = run_gates(job.recipe, checkpoints)
     scorecard = join(parity, latency, bundle, training, seconds, gates, job.provenance)
@@ -171,46 +189,111 @@ def run_gates(recipe: Recipe, checkpoints: dict[str, Checkpoint]) -> tuple[Gate,
     return tuple(gates)
 
 
-def check(recipe: Recipe, data_path: str | None) -> None:
-    """Find a recipe's mistakes before anything runs: networks, ladder, targets and their libraries, dataset.
+def check_training(recipe: Recipe, data_path: str | None) -> None:
+    """Find the mistakes of what `edgevlm train` reads: networks and dataset.
 
     Raises:
-        RecipeError, TargetError, DataError: the first mistake.
+        RecipeError, DataError, CheckpointError: the first mistake.
     """
     tee = resolve_tee(recipe.tee)
     create_trunk(tee.trunk, tee.first_level, tee.num_levels)
     open_reader(recipe.data, recipe.task, recipe.seed, data_path)
     if recipe.task == "detection":
         return
+    if recipe.task == "pretraining" and recipe.pretrain is None:
+        raise RecipeError(f"Recipe {recipe.name} has no section 'pretrain'", "Add one (docs/pretraining.md)")
     resolve_fusion(recipe.teacher.fusion)
-    check_rungs(recipe.trim, len(resolve_fusion(recipe.distil.fusion).layer_heads), tee.num_regions)
+    if recipe.extractor is not None:
+        read_manifest(Path(recipe.extractor), Checkpoint, check_files=False)
+    if recipe.pretrain is not None:
+        resolve_fusion(recipe.pretrain.fusion)
+        check_pretraining(recipe.pretrain, recipe.text.max_tokens)
+        if recipe.pretrain.tagger is not None:
+            read_manifest(Path(recipe.pretrain.tagger), Checkpoint, check_files=False)
+
+
+def check(recipe: Recipe, data_path: str | None) -> None:
+    """Find a recipe's mistakes before anything runs: networks, dataset, ladder, targets and their libraries.
+
+    Raises:
+        RecipeError, TargetError, DataError, CheckpointError: the first mistake.
+    """
+    check_training(recipe, data_path)
+    if recipe.task == "detection":
+        return
+    # A text model that cannot be had should not be missed after hours of training the detector.
+    for where in (recipe.text.vocab, recipe.pretrain and recipe.pretrain.start, recipe.teacher.start):
+        if where is not None:
+            find_folder(where)
+    if "export" not in [stage.name for stage in stages_of(recipe)]:
+        return
+    student = resolve_fusion(recipe.distil.fusion)
+    check_rungs(recipe.trim, len(student.layer_heads), resolve_tee(recipe.tee).num_regions)
     for target in recipe.export.targets:
         load_exporter(target)
         for precision in recipe.export.precisions:
             check_target(target, precision)
 
 
+_DATA = ("data", "task", "preprocess")
 _MODEL = ("prepare", "regions")
 STAGES: tuple[Stage, ...] = (
     Stage("prepare", prepare, (), ("data", "task", "preprocess", "text")),
-    Stage("detector", train_detector, ("prepare",), ("data", "task", "preprocess", "tee", "detector")),
-    Stage("regions", cache_regions, ("detector",), ("data", "task", "preprocess")),
-    Stage("teacher", train_teacher, ("detector", *_MODEL), ("task", "teacher", "referred_weight")),
-    Stage("distil", distil, ("detector", "teacher", *_MODEL), ("task", "distil", "referred_weight")),
-    Stage("prune", prune, ("teacher", "distil", *_MODEL), ("prune", "referred_weight")),
-    Stage("trim", trim, ("prune", *_MODEL), ("trim", "referred_weight")),
+    Stage("detector", detector, ("prepare",), (*_DATA, "tee", "extractor", "detector"), everywhere=True),
+    Stage("regions", cache_regions, ("detector",), (*_DATA, "regions"), everywhere=True),
+    Stage("teacher", train_teacher, ("detector", *_MODEL), ("task", "teacher", "referred_weight"), everywhere=True),
+    Stage("distil", distil, ("detector", "teacher", *_MODEL), ("task", "distil", "referred_weight"), everywhere=True),
+    Stage("prune", prune, ("teacher", "distil", *_MODEL), ("prune", "referred_weight"), everywhere=True),
+    Stage("trim", trim, ("prune", *_MODEL), ("trim", "referred_weight"), everywhere=True),
     Stage("calibrate", calibrate, ("trim",), ("data", "calibration")),
     Stage("export", export, ("trim", "calibrate"), ("name", "export")),
     Stage("verify", verify, ("trim", "export"), ("data", "verify")),
     Stage("bench", bench, ("trim", "export"), ("bench",)),
-    Stage("scorecard", score, ("detector", *TRAINED, "export", "verify", "bench"), ("gates",)),
+    Stage("scorecard", score, (*_MODEL, "detector", *TRAINED, "calibrate", "export", "verify", "bench"), ("gates",)),
 )
 """The flow: each stage reads only artifacts of stages above it."""
 
+PRETRAIN = Stage("pretrain", pretrain, ("detector", "regions"), ("data", "task", "pretrain"), everywhere=True)
+"""Before the teacher, in recipes that have this section."""
+FINE_TUNING: dict[str, Stage] = {
+    "retrieval": Stage(
+        "retrieval", train_retrieval, ("detector", *_MODEL), ("data", "task", "retrieval"), everywhere=True
+    ),
+    "pairs": Stage("pairs", train_pairs, ("detector", *_MODEL), ("task", "pairs"), everywhere=True),
+    "captioning": Stage(
+        "captioning", train_captioner, ("detector", *_MODEL), ("data", "task", "captioning"), everywhere=True
+    ),
+}
+"""Section of the recipe -> the stage that ends the flow in its place: such models are not exported."""
+
 
 def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
-    """The stages a recipe goes through: detection ends with the detector, for there is nothing to answer."""
-    return STAGES[: 1 + [stage.name for stage in STAGES].index("detector")] if recipe.task == "detection" else STAGES
+    """The stages of a recipe, in order.
+
+    Detection ends with the detector, and task `pretraining` with pre-training, for there is nothing to answer;
+    fine-tuning on retrieval, pairs or captioning follows the cached regions. Otherwise pre-training, where there is
+    such a section, stands before whatever is trained on the regions.
+    """
+    names = [stage.name for stage in STAGES]
+    if recipe.task == "detection":
+        return STAGES[: 1 + names.index("detector")]
+    at = 1 + names.index("regions")
+    before, behind = STAGES[:at], STAGES[at:]
+    if recipe.task == "pretraining":
+        return (*before, PRETRAIN)
+    ends = tuple(stage for section, stage in FINE_TUNING.items() if getattr(recipe, section) is not None)
+    if ends:
+        behind = ends
+    if recipe.pretrain is not None:
+        first = replace(behind[0], inputs=(*behind[0].inputs, PRETRAIN.name))
+        behind = (PRETRAIN, first, *behind[1:])
+    return (*before, *behind)
+
+
+def last_training(recipe: Recipe) -> str:
+    """Where `edgevlm train` ends: behind the teacher, models are compressed and exported."""
+    names = [stage.name for stage in stages_of(recipe)]
+    return "teacher" if "teacher" in names else names[-1]
 
 
 def show_scorecard(folder: Path, bundle: Path, console: Console) -> None:

@@ -14,18 +14,18 @@ from edgevlm.job import Job
 from edgevlm.models import vlm
 from edgevlm.models.fusion import FusionOutput
 from edgevlm.models.gates import LayerGates
-from edgevlm.models.registry import resolve_fusion
 from edgevlm.models.vlm import VLM
 from edgevlm.recipe import DistilSection, PruneSection
 from edgevlm.tasks import answers as task
 from edgevlm.train.answering import (
+    answering_model,
     evaluate,
     fit_answers,
     freeze_extractor,
     referred_loss,
     report,
     save_answering,
-    with_fusion,
+    warm,
 )
 from edgevlm.train.regions import AnswerBatch
 
@@ -87,10 +87,12 @@ class DistilObjective(nn.Module):
             target = teacher.answer(batch.regions, batch.input_ids)
         answer = self.student.answer(batch.regions, batch.input_ids, gates=gates)
         imitation = self.distiller(answer.logits_BA, answer.fusion, target.logits_BA, target.fusion)
-        loss = (1 - self.kd_weight) * task.loss(answer.logits_BA, batch.answers) + self.kd_weight * imitation
+        truth = batch.answers, batch.targets
+        task_loss = task.loss(answer.logits_BA, *truth)
+        loss = (1 - self.kd_weight) * task_loss + self.kd_weight * imitation
         if self.referred_weight:
             loss = loss + self.referred_weight * referred_loss(self.student, self.student.refer(answer), batch)
-        accuracy = (answer.logits_BA.argmax(1) == batch.answers).float().mean()
+        accuracy = task.batch_accuracy(answer.logits_BA, *truth)
         return loss, {"accuracy": accuracy, "kd": imitation.detach()}
 
 
@@ -116,7 +118,8 @@ def distil(job: Job) -> Checkpoint:
     detector, manifest = vlm.load(job.inputs["detector"])
     teacher = load_teacher(job, manifest)
     torch.manual_seed(recipe.seed + 2)
-    student = with_fusion(detector, manifest, resolve_fusion(section.fusion))
+    student = answering_model(detector, manifest, section)
+    warm(student, job, section, manifest)
     objective = DistilObjective(student, teacher, section, recipe.referred_weight)
     fit_answers(objective, student, job, section, what="distil", seed=recipe.seed + 2)
     metrics = evaluate(student, job)

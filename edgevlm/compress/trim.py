@@ -40,12 +40,13 @@ class TrimObjective(nn.Module):
         full = self.model.answer(batch.regions, batch.input_ids)
         trimmed = self.model.answer(batch.regions, batch.input_ids, num_keep=budget, trim_temperature=temperature)
         imitation = logit_loss(trimmed.logits_BA, full.logits_BA.detach())
-        loss = task.loss(full.logits_BA, batch.answers) + task.loss(trimmed.logits_BA, batch.answers)
+        truth = batch.answers, batch.targets
+        loss = task.loss(full.logits_BA, *truth) + task.loss(trimmed.logits_BA, *truth)
         loss = loss + self.section.self_distil_weight * imitation
         ranking = trimmed.fusion.trim_scores_BN
         if self.referred_weight and ranking is not None:
             loss = loss + self.referred_weight * referred_loss(self.model, ranking, batch)
-        accuracies = [(a.logits_BA.argmax(1) == batch.answers).float().mean() for a in (full, trimmed)]
+        accuracies = [task.batch_accuracy(answer.logits_BA, *truth) for answer in (full, trimmed)]
         return loss, {"full": accuracies[0], "trimmed": accuracies[1], "kd": imitation.detach()}
 
 

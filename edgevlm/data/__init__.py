@@ -6,6 +6,7 @@ To add a dataset, write a module with a class that offers `Reader` (see `sample.
 from collections.abc import Callable
 from pathlib import Path
 
+from edgevlm.data.problems import Problems
 from edgevlm.data.sample import Reader, Sample, Text
 from edgevlm.errors import DataError, RecipeError, nearest
 from edgevlm.recipe import DataSection
@@ -13,31 +14,99 @@ from edgevlm.recipe import DataSection
 __all__ = ["READERS", "Reader", "Sample", "Text", "open_reader"]
 
 
+def _folder(section: DataSection) -> str:
+    if section.path is None:
+        raise DataError(
+            f"Dataset {section.dataset} needs a folder",
+            "Pass --data, or set data.path (docs/data.md says how to make one)",
+        )
+    return section.path
+
+
 def _scenes(section: DataSection, task: str, seed: int) -> Reader:
     from edgevlm.data.scenes import Scenes
 
-    return Scenes(task, seed, section.texts_per_image)
+    return Scenes(task, seed, section.texts_per_image, section.captions_per_image)
 
 
 def _coco(section: DataSection, task: str, seed: int) -> Reader:
     from edgevlm.data.coco import Coco
 
-    if section.path is None:
-        raise DataError("Dataset coco needs a folder", "Pass --data, or set data.path (docs/data.md describes it)")
-    return Coco(Path(section.path), task, section.annotations, section.images, section.on_bad)
+    return Coco(Path(_folder(section)), task, section.annotations, section.images, section.on_bad)
 
 
 def _nlvr(section: DataSection, task: str, seed: int) -> Reader:
     from edgevlm.data.nlvr import NLVR
 
-    if section.path is None:
-        raise DataError(
-            "Dataset nlvr needs a folder", "Pass --data, or set data.path (docs/data.md says how to make one)"
-        )
-    return NLVR(Path(section.path), task, seed)
+    return NLVR(Path(_folder(section)), task, seed)
 
 
-READERS: dict[str, Callable[[DataSection, str, int], Reader]] = {"scenes": _scenes, "nlvr": _nlvr, "coco": _coco}
+def _nlvr2(section: DataSection, task: str, seed: int) -> Reader:
+    from edgevlm.data.nlvr2 import NLVR2
+
+    return NLVR2(_folder(section), task, Problems(section.on_bad))
+
+
+def _vsr(section: DataSection, task: str, seed: int) -> Reader:
+    from edgevlm.data.vsr import VSR
+
+    return VSR(_folder(section), task, Problems(section.on_bad))
+
+
+def _questions(section: DataSection, task: str, seed: int) -> Reader:
+    from edgevlm.data.vqa import VisualQuestions
+    from edgevlm.data.vqa_files import LAYOUTS
+
+    layout = LAYOUTS[section.dataset]
+    return VisualQuestions(_folder(section), task, layout, section.answers, Problems(section.on_bad))
+
+
+def _snli_ve(section: DataSection, task: str, seed: int) -> Reader:
+    from edgevlm.data.entailment import SNLIVE
+
+    return SNLIVE(_folder(section), task, Problems(section.on_bad))
+
+
+def _flickr30k(section: DataSection, task: str, seed: int) -> Reader:
+    from edgevlm.data.flickr30k import Flickr30k
+
+    return Flickr30k(_folder(section), task, Problems(section.on_bad))
+
+
+def _visual_genome(section: DataSection, task: str, seed: int) -> Reader:
+    from edgevlm.data.visual_genome import VisualGenome
+
+    return VisualGenome(_folder(section), task, Problems(section.on_bad))
+
+
+def _conceptual(section: DataSection, task: str, seed: int) -> Reader:
+    from edgevlm.data.conceptual import ConceptualCaptions
+
+    return ConceptualCaptions(_folder(section), task, Problems(section.on_bad))
+
+
+def _jsonl(section: DataSection, task: str, seed: int) -> Reader:
+    from edgevlm.data.jsonl import JsonLines
+
+    return JsonLines(_folder(section), task, Problems(section.on_bad))
+
+
+READERS: dict[str, Callable[[DataSection, str, int], Reader]] = {
+    "scenes": _scenes,
+    "jsonl": _jsonl,
+    "coco": _coco,
+    "nlvr": _nlvr,
+    "nlvr2": _nlvr2,
+    "vsr": _vsr,
+    "vqav2": _questions,
+    "vqa-rad": _questions,
+    "gqa": _questions,
+    "visual-genome-qa": _questions,
+    "visual-genome": _visual_genome,
+    "snli-ve": _snli_ve,
+    "flickr30k": _flickr30k,
+    "conceptual-captions": _conceptual,
+}
 """Dataset name of the recipe -> function that opens it for a task and a seed."""
 
 

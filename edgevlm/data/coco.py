@@ -7,11 +7,11 @@ under the usual names: `annotations/instances_train2017.json` + `train2017/`, `t
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 
 from edgevlm.artifacts import Labels
-from edgevlm.data.coco_files import BadRecords, Index, read_captions, read_categories, read_instances, read_karpathy
+from edgevlm.data.coco_files import Index, read_captions, read_categories, read_instances, read_karpathy
 from edgevlm.data.preprocess import load_image
+from edgevlm.data.problems import Policy, Problems
 from edgevlm.data.sample import Sample
 from edgevlm.errors import DataError, ImageError, RecipeError
 
@@ -33,7 +33,7 @@ class Coco:
         task: `detection` (boxes), or one of the caption tasks.
         annotations: split -> annotation file inside the folder.
         images: split -> image folder inside the folder.
-        on_bad: `stop` at a malformed record, or `skip` and count it in `bad`.
+        on_bad: `stop` at a malformed record, or `skip` and count it in `problems`.
 
     Raises:
         RecipeError: another task, or a split that is not train, val or test.
@@ -48,7 +48,7 @@ class Coco:
         task: str,
         annotations: Mapping[str, str] | None = None,
         images: Mapping[str, str] | None = None,
-        on_bad: Literal["stop", "skip"] = "stop",
+        on_bad: Policy = "stop",
     ) -> None:
         if task not in TASKS:
             raise RecipeError(f"Dataset coco has no task '{task}'", f"Set task to one of {', '.join(TASKS)}")
@@ -59,7 +59,7 @@ class Coco:
         if not path.is_dir():
             raise DataError(f"The COCO folder {path} does not exist", WHERE)
         self.path, self.kind = path, TASKS[task]
-        self.bad = BadRecords(on_bad)
+        self.problems = Problems(on_bad)
         self._karpathy = next((path / name for name in KARPATHY if (path / name).is_file()), None)
         self._files = self._find(dict(annotations or {}), dict(images or {}))
         self.splits: tuple[str, ...] = tuple(self._files)
@@ -80,6 +80,7 @@ class Coco:
             if (sample := self._sample(split, row)) is not None:
                 number += 1
                 yield sample
+        self.problems.sum_up()
 
     def num_samples(self, split: str, limit: int | None) -> int:
         """Samples of a split, at most `limit`."""
@@ -105,26 +106,26 @@ class Coco:
         if split not in self._indices:
             file, folder = self._files[split]
             if file == self._karpathy:
-                self._indices[split] = read_karpathy(file, self.path, split, self.bad)
+                self._indices[split] = read_karpathy(file, self.path, split, self.problems)
             elif self.kind == "captions":
-                self._indices[split] = read_captions(file, folder, self.bad)
+                self._indices[split] = read_captions(file, folder, self.problems)
             else:
-                self._indices[split] = read_instances(file, folder, self._categories, self.bad)
+                self._indices[split] = read_instances(file, folder, self._categories, self.problems)
         return self._indices[split]
 
     def _sample(self, split: str, row: int) -> Sample | None:
         """Sample `row`, or None if its image is bad and bad records are skipped."""
         index = self.index(split)
-        name = f"{self._files[split][0]}: image {index.ids[row]}"
+        file, where = str(self._files[split][0]), f"image {index.ids[row]}"
         try:
             image = load_image(index.files[row])
         except ImageError as problem:
-            self.bad.report("damaged image", f"{name}: {problem.what}", problem.fix)
+            self.problems.report("unreadable image", file, where, problem.what)
             return None
         if index.sizes_wh[row] not in (None, image.size):
             width, height = index.sizes_wh[row] or (0, 0)
             what = f"{index.files[row]} has {image.width} x {image.height} pixels, annotated are {width} x {height}"
-            self.bad.report("image of another size", f"{name}: {what}")
+            self.problems.report("malformed record", file, where, what)
             return None
         objects = slice(index.starts[row], index.starts[row + 1])
         return Sample(

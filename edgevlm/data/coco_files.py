@@ -5,35 +5,17 @@ decoded only when a sample is asked for.
 """
 
 import json
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from edgevlm.data.problems import Problems
 from edgevlm.errors import DataError
 
 OUTSIDE_PX = 1.0
 """A box may leave its image by this much (annotators' rounding): it is clipped. Beyond that the record is wrong."""
-
-
-class BadRecords:
-    """What happens to a malformed record: training stops at the first, or it is left out and counted by its kind."""
-
-    def __init__(self, policy: Literal["stop", "skip"] = "stop") -> None:
-        self.policy = policy
-        self.counts: Counter[str] = Counter()
-
-    def report(self, kind: str, what: str, fix: str = "") -> None:
-        """Note one bad record of a `kind`; `what` names the file and the record.
-
-        Raises:
-            DataError: the policy is to stop.
-        """
-        if self.policy == "stop":
-            raise DataError(what, fix or "Mend the record, or set data.on_bad: skip to leave such records out")
-        self.counts[kind] += 1
 
 
 @dataclass
@@ -88,55 +70,55 @@ def read_categories(path: Path) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
-def read_instances(path: Path, folder: Path, categories: dict[int, str], bad: BadRecords) -> Index:
+def read_instances(path: Path, folder: Path, categories: dict[int, str], problems: Problems) -> Index:
     """Images and their boxes, in the order of the file's images.
 
     Args:
         path: `instances_*.json`, or any file with 'images', 'annotations' and 'categories'.
         folder: where the images lie.
         categories: of the training split, so that every split numbers its classes alike.
-        bad: gets image ids that repeat, images that are missing, annotation ids that repeat, boxes without area or
+        problems: gets image ids that repeat, images that are missing, annotation ids that repeat, boxes without area or
             outside their image, and annotations of an unknown image or category.
 
     Raises:
-        DataError: the file cannot be read, or `bad` stops at a record.
+        DataError: the file cannot be read, or a bad record if that is the policy.
     """
     value = read_json(path)
     if (own := read_categories(path)) != {key: categories.get(key) for key in own}:
         raise DataError(f"{path} names its categories otherwise than the training split", "Give all splits one list")
-    index, row_of, listed = _images(value, path, folder, bad)
+    index, row_of, listed = _images(value, path, folder, problems)
     class_of = {category: number for number, category in enumerate(categories)}
     seen: set[int] = set()
     rows: list[tuple[int, int, tuple[float, ...], int, bool, float]] = []
     for record in value.get("annotations", []):
-        where = f"{path}: annotation {record.get('id')} (image {record.get('image_id')})"
+        where = f"annotation {record.get('id')} (image {record.get('image_id')})"
         try:
             number, image, category = int(record["id"]), record["image_id"], record["category_id"]
             x, y, w, h = (float(number) for number in record["bbox"])
         except (KeyError, TypeError, ValueError) as problem:
-            bad.report("unreadable annotation", f"{where}: lacks a number ({problem})")
+            problems.report("malformed record", str(path), where, f"lacks a number ({problem})")
             continue
         if number in seen:
-            bad.report("duplicate annotation id", f"{where}: its id stands twice")
+            problems.report("duplicate id", str(path), where, "its id stands twice")
             continue
         seen.add(number)
         if image not in row_of:
             if image not in listed:  # those of an image that was left out go with it: no further mistake
-                bad.report("unknown image", f"{where}: the file lists no such image")
+                problems.report("malformed record", str(path), where, "the file lists no such image")
             continue
         if category not in class_of:
-            bad.report("unknown category", f"{where}: category {category} is not in the list")
+            problems.report("outside the list", str(path), where, f"category {category} is not in the list")
             continue
         size = index.sizes_wh[row_of[image]]
         assert size is not None, "instances always carry sizes"
         box = (max(x, 0.0), max(y, 0.0), min(x + w, size[0]), min(y + h, size[1]))
         if not (w > 0 and h > 0 and box[2] > box[0] and box[3] > box[1]):
-            kind = "box without area" if not (w > 0 and h > 0) else "box outside the image"
-            bad.report(kind, f"{where}: bbox {record['bbox']} is a {kind} of {size[0]} x {size[1]} pixels")
+            what = "has no area" if not (w > 0 and h > 0) else f"lies outside the image of {size[0]} x {size[1]} pixels"
+            problems.report("bad box", str(path), where, f"bbox {record['bbox']} {what}")
             continue
         if x < -OUTSIDE_PX or y < -OUTSIDE_PX or x + w > size[0] + OUTSIDE_PX or y + h > size[1] + OUTSIDE_PX:
-            what = f"{where}: bbox {record['bbox']} leaves the image of {size[0]} x {size[1]} pixels"
-            bad.report("box outside the image", what)
+            what = f"bbox {record['bbox']} leaves the image of {size[0]} x {size[1]} pixels"
+            problems.report("bad box", str(path), where, what)
             continue
         crowd = bool(record.get("iscrowd", 0))
         rows.append((row_of[image], class_of[category], box, number, crowd, float(record.get("area", w * h))))
@@ -149,37 +131,37 @@ def read_instances(path: Path, folder: Path, categories: dict[int, str], bad: Ba
     return index
 
 
-def read_captions(path: Path, folder: Path, bad: BadRecords) -> Index:
+def read_captions(path: Path, folder: Path, problems: Problems) -> Index:
     """Images and their captions from a `captions_*.json`.
 
     Raises:
-        DataError: the file cannot be read, or `bad` stops at a record (also: an empty caption).
+        DataError: the file cannot be read, or a bad record if that is the policy (also: an empty caption).
     """
     value = read_json(path)
-    index, row_of, _ = _images(value, path, folder, bad)
+    index, row_of, _ = _images(value, path, folder, problems)
     captions: list[list[str]] = [[] for _ in index.files]
     seen: set[Any] = set()
     for record in value.get("annotations", []):
-        where = f"{path}: annotation {record.get('id')} (image {record.get('image_id')})"
+        where = f"annotation {record.get('id')} (image {record.get('image_id')})"
         text = " ".join(str(record.get("caption", "")).split())
         if record.get("id") in seen:
-            bad.report("duplicate annotation id", f"{where}: its id stands twice")
+            problems.report("duplicate id", str(path), where, "its id stands twice")
         elif record.get("image_id") not in row_of:
-            bad.report("unknown image", f"{where}: the file lists no such image, or it was left out")
+            problems.report("malformed record", str(path), where, "the file lists no such image, or it was left out")
         elif not text:
-            bad.report("empty caption", f"{where}: the caption is empty")
+            problems.report("empty text", str(path), where, "the caption is empty")
         else:
             captions[row_of[record["image_id"]]].append(text)
         seen.add(record.get("id"))
     index.captions = [tuple(texts) for texts in captions]
-    return _with_captions(index, path, bad)
+    return _with_captions(index, path, problems)
 
 
-def read_karpathy(path: Path, root: Path, split: str, bad: BadRecords) -> Index:
+def read_karpathy(path: Path, root: Path, split: str, problems: Problems) -> Index:
     """One split of Karpathy's `dataset_coco.json` (113,287 / 5,000 / 5,000 images): `train` includes `restval`.
 
     Raises:
-        DataError: the file cannot be read, or `bad` stops at a record.
+        DataError: the file cannot be read, or a bad record if that is the policy.
     """
     wanted = {"train", "restval"} if split == "train" else {split}
     index = Index()
@@ -190,37 +172,39 @@ def read_karpathy(path: Path, root: Path, split: str, bad: BadRecords) -> Index:
             continue
         key = record.get("cocoid", record.get("imgid"))
         folder = root / str(record.get("filepath", ""))
-        where = f"{path}: image {key}"
+        where = f"image {key}"
         texts = tuple(" ".join(str(s.get("raw", "")).split()) for s in record.get("sentences", []))
         if key in seen:
-            bad.report("duplicate image id", f"{where}: its id stands twice")
+            problems.report("duplicate id", str(path), where, "its id stands twice")
         elif not _present(folder, present, record.get("filename")):
-            bad.report("missing image", f"{where}: {folder / str(record.get('filename'))} does not exist")
+            problems.report("missing image", str(path), where, f"{folder / str(record.get('filename'))} does not exist")
         else:
             if not all(texts):
-                bad.report("empty caption", f"{where}: a caption is empty")
+                problems.report("empty text", str(path), where, "a caption is empty")
             index.files.append(folder / str(record["filename"]))
             index.ids.append(int(key))
             index.sizes_wh.append(None)
             index.captions.append(tuple(text for text in texts if text))
         seen.add(key)
-    return _with_captions(index, path, bad)
+    return _with_captions(index, path, problems)
 
 
-def _images(value: dict[str, Any], path: Path, folder: Path, bad: BadRecords) -> tuple[Index, dict[Any, int], set[Any]]:
+def _images(
+    value: dict[str, Any], path: Path, folder: Path, problems: Problems
+) -> tuple[Index, dict[Any, int], set[Any]]:
     """The images of a file without their annotations; image id -> row; and all ids, those of bad records too."""
     index, row_of, seen = Index(), {}, set()
     present: dict[Path, set[str]] = {}
     for record in value.get("images", []):
         key, name = record.get("id"), str(record.get("file_name", ""))
-        where = f"{path}: image {key} ({name})"
+        where = f"image {key} ({name})"
         width, height = record.get("width"), record.get("height")
         if key in seen:
-            bad.report("duplicate image id", f"{where}: its id stands twice")
+            problems.report("duplicate id", str(path), where, "its id stands twice")
         elif not (isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0):
-            bad.report("image without size", f"{where}: width {width!r}, height {height!r}")
+            problems.report("malformed record", str(path), where, f"width {width!r}, height {height!r}")
         elif not _present(folder, present, name):
-            bad.report("missing image", f"{where}: {folder / name} does not exist")
+            problems.report("missing image", str(path), where, f"{folder / name} does not exist")
         else:
             row_of[key] = len(index.files)
             index.files.append(folder / name)
@@ -242,11 +226,11 @@ def _present(folder: Path, seen: dict[Path, set[str]], name: Any) -> bool:
     return bool(name) and Path(str(name)).name in seen[parent]
 
 
-def _with_captions(index: Index, path: Path, bad: BadRecords) -> Index:
+def _with_captions(index: Index, path: Path, problems: Problems) -> Index:
     """The images that have a caption."""
     for key, texts in zip(index.ids, index.captions, strict=True):
         if not texts:
-            bad.report("image without caption", f"{path}: image {key} has no caption")
+            problems.report("empty text", str(path), f"image {key}", "it has no caption")
     rows = [row for row, texts in enumerate(index.captions) if texts]
     if not rows:
         raise DataError(f"{path} has no captioned image", "Check data.path and data.annotations")

@@ -1,15 +1,19 @@
 """Whole splits as arrays, so that an epoch costs no decoding: images at the model's size, and encoded questions."""
 
+import collections
+import itertools
 import multiprocessing
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from edgevlm.artifacts import Labels, PreprocessSpec
+from edgevlm.data.answers import normalise_answer
 from edgevlm.data.preprocess import preprocess, scale_boxes
 from edgevlm.data.sample import Reader, Sample, Text
 from edgevlm.data.text import Tokenizer
@@ -36,6 +40,10 @@ class Frames:
     attributes: list[np.ndarray]
     """Per image (n, A) float32, 0 or 1."""
     texts: list[tuple[Text, ...]]
+    captions: list[tuple[str, ...]] = field(default_factory=list)
+    """Per image; empty where nobody asked for them."""
+    second: np.ndarray | None = None
+    """(I, H, W, 3) uint8: the right-hand images, where the texts are about pairs."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -50,7 +58,7 @@ class Questions:
     input_ids: np.ndarray
     """(Q, L) int32."""
     answers: np.ndarray
-    """(Q,) int64 into `labels.answers`."""
+    """(Q,) int64 into `labels.answers`; -1 where annotators answered and none of their answers is in the list."""
     referred: list[tuple[int, ...]]
     """Indices of the objects of the image that decide the answer."""
     kinds: list[str]
@@ -61,7 +69,14 @@ class Questions:
 
     def spread(self, number: int) -> "Questions":
         """At most `number` questions, evenly spread over the images."""
-        rows = np.unique(np.linspace(0, len(self) - 1, min(number, len(self))).round().astype(np.int64))
+        return self.take(np.unique(np.linspace(0, len(self) - 1, min(number, len(self))).round().astype(np.int64)))
+
+    def known(self) -> "Questions":
+        """The questions whose answer is in the list."""
+        return self.take(np.flatnonzero(self.answers >= 0))
+
+    def take(self, rows: np.ndarray) -> "Questions":
+        """Questions `rows`, in that order."""
         arrays = (self.image_index[rows], self.input_ids[rows], self.answers[rows])
         lists = ([column[row] for row in rows] for column in (self.referred, self.kinds, self.texts))
         return Questions(*arrays, *lists)
@@ -78,7 +93,7 @@ class RandomAccess(Protocol):
     def num_samples(self, split: str, limit: int | None) -> int: ...
 
 
-Row = tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[Text, ...]]
+Row = tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[Text, ...], tuple[str, ...], np.ndarray | None]
 
 
 def materialise(
@@ -113,7 +128,8 @@ def materialise(
     else:
         rows = _rows(reader, split, limit, spec)
     frames = Frames([], np.empty((total or 1024, spec.height, spec.width, 3), np.uint8), [], [], [], [])
-    for sample_id, pixels_HWC, boxes, classes, attributes, texts in rows:
+    second: list[np.ndarray] = []
+    for sample_id, pixels_HWC, boxes, classes, attributes, texts, captions, second_HWC in rows:
         count = len(frames.ids)
         if count == len(frames.pixels):
             # In place: a stack of separate images would hold the split twice.
@@ -124,14 +140,75 @@ def materialise(
         frames.classes.append(classes)
         frames.attributes.append(attributes)
         frames.texts.append(texts)
+        frames.captions.append(captions)
+        if second_HWC is not None:
+            second.append(second_HWC)
+        if second and len(second) != len(frames.ids):
+            raise DataError(
+                f"Sample {sample_id} of split '{split}': some samples have a second image and some have not",
+                "Keep pairs and single images in datasets of their own",
+            )
         if progress and (count + 1) % CHUNK == 0:
             progress(count + 1, total)
     if not frames.ids:
-        raise DataError(f"Split '{split}' has no samples", "Check the folder, or raise the limit")
+        raise _empty(split)
     frames.pixels.resize((len(frames.ids), *frames.pixels.shape[1:]), refcheck=False)
+    frames.second = np.stack(second) if second else None
     if progress:
         progress(len(frames.ids), len(frames.ids))
     return frames
+
+
+def materialise_shards(
+    reader: Reader,
+    split: str,
+    limit: int | None,
+    spec: PreprocessSpec,
+    size: int,
+    wanted: Callable[[int], bool],
+) -> Iterator[tuple[int, Frames]]:
+    """Read a split in shards of `size` samples, so that it never lies in memory as a whole.
+
+    Args:
+        wanted: number of a shard -> whether to make it; the samples of the others are drawn only by readers that
+            cannot make any sample by itself.
+
+    Yields:
+        Number of the shard, and its frames.
+
+    Raises:
+        DataError: as `materialise`, a split without samples included.
+    """
+    if isinstance(reader, RandomAccess):
+        total = reader.num_samples(split, limit)
+        if total == 0:
+            raise _empty(split)
+        for shard in filter(wanted, range(-(-total // size))):
+            indices = range(shard * size, min((shard + 1) * size, total))
+            yield shard, materialise(_Part(reader, (reader.sample(split, i) for i in indices)), split, size, spec)
+        return
+    samples = iter(reader.samples(split, limit))
+    for shard in itertools.count():
+        part = itertools.islice(samples, size)
+        first = next(part, None)
+        if first is None:
+            if shard == 0:
+                raise _empty(split)
+            return
+        if wanted(shard):
+            yield shard, materialise(_Part(reader, itertools.chain([first], part)), split, size, spec)
+        else:
+            collections.deque(part, maxlen=0)
+
+
+class _Part:
+    """Some samples of a reader, as a reader."""
+
+    def __init__(self, reader: Reader, samples: Iterator[Sample]) -> None:
+        self.name, self.labels, self.splits, self._samples = reader.name, reader.labels, reader.splits, samples
+
+    def samples(self, split: str, limit: int | None = None) -> Iterator[Sample]:
+        return self._samples
 
 
 def make_questions(frames: Frames, tokenizer: Tokenizer, labels: Labels, *, truncate: bool = False) -> Questions:
@@ -142,8 +219,9 @@ def make_questions(frames: Frames, tokenizer: Tokenizer, labels: Labels, *, trun
     """
     answer_ids = {answer: i for i, answer in enumerate(labels.answers)}
     flat = [(i, text) for i, texts in enumerate(frames.texts) for text in texts]
-    for i, text in flat:
-        if text.answer not in answer_ids:
+    best = [_best_known(text, answer_ids) for _, text in flat]
+    for (i, text), answer in zip(flat, best, strict=True):
+        if answer < 0 and not text.answers:
             raise DataError(
                 f"Sample {frames.ids[i]}: the answer '{text.answer}' is not one of the {len(answer_ids)} known answers",
                 "Add it to the reader's labels, or leave the question out",
@@ -156,11 +234,19 @@ def make_questions(frames: Frames, tokenizer: Tokenizer, labels: Labels, *, trun
     return Questions(
         image_index=np.array([i for i, _ in flat], np.int64),
         input_ids=input_ids_QL,
-        answers=np.array([answer_ids[text.answer] for _, text in flat], np.int64),
+        answers=np.array(best, np.int64),
         referred=[text.referred for _, text in flat],
         kinds=[text.kind for _, text in flat],
         texts=[text.text for _, text in flat],
     )
+
+
+def _best_known(text: Text, answer_ids: dict[str, int]) -> int:
+    """Id of the answer, or of the most frequent one in the list among what the annotators said; -1 = none."""
+    if text.answer in answer_ids:
+        return answer_ids[text.answer]
+    counts = Counter(answer for answer in map(normalise_answer, text.answers) if answer in answer_ids)
+    return answer_ids[counts.most_common(1)[0][0]] if counts else -1
 
 
 def _name_refused(frames: Frames, tokenizer: Tokenizer, truncate: bool) -> None:
@@ -216,7 +302,13 @@ def _row(sample: Sample, labels: Labels, spec: PreprocessSpec) -> Row:
         sample.classes.astype(np.int64),
         attributes,
         sample.texts,
+        sample.captions,
+        None if sample.second is None else preprocess(sample.second, spec),
     )
+
+
+def _empty(split: str) -> DataError:
+    return DataError(f"Split '{split}' has no samples", "Check the folder, or raise the limit")
 
 
 def _bad(sample: Sample, what: str) -> DataError:

@@ -16,13 +16,13 @@ class Text:
 
     text: str
     answer: str
-    """One of the reader's `labels.answers`."""
+    """One of the reader's `labels.answers`; outside of them only where annotators answered in words of their own."""
     referred: tuple[int, ...] = ()
     """Indices of the objects that decide the answer, where the data say so (auxiliary supervision)."""
     kind: str = ""
     """Type of question, for a breakdown of the accuracy."""
     answers: tuple[str, ...] = ()
-    """What each annotator said, where several did (VQA: ten); `answer` is then the most frequent."""
+    """What each annotator said, as written (VQA: ten); `answer` is then the most frequent, normalised."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,13 @@ class Reader(Protocol):
     """One dataset, opened for one task."""
 
     name: str
-    labels: Labels
     splits: tuple[str, ...]
     """`train`, `val` and `test`, and others that are only evaluated."""
+
+    @property
+    def labels(self) -> Labels:
+        """The closed lists; a large dataset may count its answers on the first use."""
+        ...
 
     def samples(self, split: str, limit: int | None = None) -> Iterator[Sample]:
         """The first `limit` samples of a split, always in the same order."""

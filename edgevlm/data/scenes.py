@@ -63,18 +63,20 @@ class Scenes:
         task: `vqa` (questions with open answers) or `reasoning` (sentences that are true or false).
         seed: another seed is another dataset.
         texts_per_image: questions or sentences per image (a few less where a scene does not offer that many).
+        captions_per_image: captions per image; the first is the same for any number, and some may be equal.
     """
 
     name = "scenes"
     splits = tuple(SPLITS)
 
-    def __init__(self, task: str, seed: int, texts_per_image: int = 8) -> None:
+    def __init__(self, task: str, seed: int, texts_per_image: int = 8, captions_per_image: int = 1) -> None:
         if task not in scene_texts.ANSWERS:
             known = ", ".join(scene_texts.ANSWERS)
             raise RecipeError(f"Dataset scenes has no task '{task}'", f"{nearest(task, scene_texts.ANSWERS)} {known}")
         self.task = task
         self.seed = seed
         self.texts_per_image = texts_per_image
+        self.captions_per_image = captions_per_image
         self.labels = Labels(classes=SHAPES, attributes=COLOURS + SIZES + TEXTURES, answers=scene_texts.ANSWERS[task])
 
     def scene(self, split: str, index: int) -> Scene:
@@ -86,7 +88,7 @@ class Scenes:
         scene = self.scene(split, index)
         rng = self._rng(split, index, 1)
         texts = scene_texts.make_texts(scene, self.task, self.texts_per_image, rng)
-        caption, _ = scene_texts.make_caption(scene, rng)
+        captions = tuple(scene_texts.make_caption(scene, rng)[0] for _ in range(self.captions_per_image))
         tags = self.labels.attributes
         return Sample(
             id=f"{split}-{index}",
@@ -98,7 +100,7 @@ class Scenes:
                 for thing in scene.things
             ),
             texts=texts,
-            captions=(caption,),
+            captions=captions,
         )
 
     def samples(self, split: str, limit: int | None = None) -> Iterator[Sample]:

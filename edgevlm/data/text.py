@@ -2,8 +2,11 @@
 
 The rules are BERT's (clean, split on punctuation, lower-case and strip accents if `lowercase`, longest match first),
 through Hugging Face `tokenizers`. Special tokens cannot be typed: "[SEP]" in a question is split like any other text.
+Vocabularies of BERT's family are read as they are; only where their special tokens stand differs.
 """
 
+import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from string import ascii_lowercase, digits
@@ -17,7 +20,7 @@ from edgevlm.errors import DataError, TextError
 from edgevlm.manifests import file_sha256
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-"""Position = id, in every vocabulary."""
+"""They come first in a vocabulary trained here, and stand anywhere in one that was brought."""
 
 BASE_CHARACTERS = ascii_lowercase + digits + "?.,'-"
 """Always in the vocabulary, so that a word outside the training data is spelled and not lost."""
@@ -53,31 +56,59 @@ def train_vocabulary(texts: Iterable[str], size: int) -> list[str]:
 
 def write_vocabulary(path: Path, tokens: Sequence[str]) -> None:
     """Write one token per line (UTF-8, "\\n"), the form that BERT tokenizers of every language read."""
-    path.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8", newline="\n")
+    path.write_text(_file_text(tokens), encoding="utf-8", newline="\n")
+
+
+def vocabulary_sha256(tokens: Sequence[str]) -> str:
+    """SHA-256 of the file that `write_vocabulary` makes of these tokens, as in `TokenizerSpec.vocab_sha256`."""
+    return hashlib.sha256(_file_text(tokens).encode()).hexdigest()
+
+
+def _file_text(tokens: Sequence[str]) -> str:
+    return "".join(f"{token}\n" for token in tokens)
 
 
 def read_vocabulary(path: Path) -> list[str]:
     """The tokens of a vocabulary file, in order of their ids.
 
     Raises:
-        DataError: the file is missing, or does not begin with the special tokens.
+        DataError: the file is missing, lacks a special token, or holds a token twice.
     """
     if not path.is_file():
         raise DataError(f"The vocabulary {path} is missing", "Copy the folder whole, or run the stage again")
     tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    if tuple(tokens[: len(SPECIAL_TOKENS)]) != SPECIAL_TOKENS:
-        raise DataError(f"{path} does not begin with {' '.join(SPECIAL_TOKENS)}", "Give a vocabulary made by edgevlm")
+    if missing := [token for token in SPECIAL_TOKENS if token not in tokens]:
+        raise DataError(f"{path} lacks {' '.join(missing)}", "Give a vocab.txt of the BERT family, one token per line")
+    if len(set(tokens)) != len(tokens):
+        twice = next(token for token, count in Counter(tokens).items() if count > 1)
+        raise DataError(f"{path} holds {twice!r} twice", "Remove one: the position of a token is its id")
     return tokens
 
 
-def make_spec(vocab_path: Path, max_tokens: int, lowercase: bool = True) -> TokenizerSpec:
-    """The spec that goes with a vocabulary file."""
+def make_spec(
+    vocab_path: Path, max_tokens: int, lowercase: bool = True, kept_ids: Sequence[int] | None = None
+) -> TokenizerSpec:
+    """The spec that goes with a vocabulary file; ids of the special tokens are where the file has them."""
+    tokens = read_vocabulary(vocab_path)
+    pad, unk, cls, sep, mask = (tokens.index(token) for token in SPECIAL_TOKENS)
     return TokenizerSpec(
         vocab_sha256=file_sha256(vocab_path),
-        vocab_size=len(read_vocabulary(vocab_path)),
+        vocab_size=len(tokens),
         lowercase=lowercase,
         max_tokens=max_tokens,
+        pad_id=pad,
+        unk_id=unk,
+        cls_id=cls,
+        sep_id=sep,
+        mask_id=mask,
+        kept_ids=None if kept_ids is None else tuple(kept_ids),
     )
+
+
+def split_pieces(tokens: Sequence[str], texts: Sequence[str], *, lowercase: bool = True) -> list[list[int]]:
+    """Ids of the word pieces of each text: any number of them, without special tokens."""
+    encodings = _wordpiece(tokens, lowercase).encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
 class Tokenizer:
@@ -95,8 +126,8 @@ class Tokenizer:
             )
         self.spec = spec
         self.tokens = tokens
-        vocab = {token: i for i, token in enumerate(tokens)}
-        self._tokenizer = _build(models.WordPiece(vocab, unk_token="[UNK]"), lowercase=spec.lowercase)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        self._special = {spec.pad_id, spec.unk_id, spec.cls_id, spec.sep_id, spec.mask_id}
+        self._tokenizer = _wordpiece(tokens, spec.lowercase)
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of one text: (max_tokens,) int32.
@@ -135,8 +166,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Readable text of ids, for reports; special tokens are left out."""
-        words = [self.tokens[int(i)] for i in ids if int(i) >= len(SPECIAL_TOKENS)]
+        words = [self.tokens[int(i)] for i in ids if int(i) not in self._special]
         return " ".join(words).replace(" ##", "")
+
+
+def _wordpiece(tokens: Sequence[str], lowercase: bool) -> tokenizers.Tokenizer:
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return _build(models.WordPiece(vocab, unk_token="[UNK]"), lowercase=lowercase)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def _build(model: models.Model, *, lowercase: bool) -> tokenizers.Tokenizer:

@@ -67,6 +67,10 @@ FUSIONS: dict[str, FusionConfig] = {
     "test-fusion": FusionConfig.uniform(hidden=32, layers=2, heads=2, ffn=64),
     "edge-l3-h128": FusionConfig.uniform(hidden=128, layers=3, heads=4, ffn=384),
     "edge-l3-h96": FusionConfig.uniform(hidden=96, layers=3, heads=4, ffn=384),
+    # The shapes of published text models, so that their weights fit (MiniVLM, section 3); dropout as in BERT.
+    "minilm-l12-h384": FusionConfig.uniform(hidden=384, layers=12, heads=12, ffn=1536, dropout=0.1),
+    "minilm-l6-h384": FusionConfig.uniform(hidden=384, layers=6, heads=12, ffn=1536, dropout=0.1),
+    "bert-base": FusionConfig.uniform(hidden=768, layers=12, heads=12, ffn=3072, dropout=0.1),
 }
 """Fusion name -> config."""
 

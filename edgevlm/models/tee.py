@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm.artifacts import PreprocessSpec, TEEConfig
+from edgevlm.errors import RecipeError
 from edgevlm.models.backbone import create_trunk
 from edgevlm.models.bifpn import create_bifpn, resize_bifpn
 from edgevlm.models.regions import (
@@ -98,11 +99,32 @@ class BoxHead(nn.Module):
         return BoxOutput(features, self.classes(features), self.deltas(features), attributes)
 
 
+def grid_boxes(config: TEEConfig) -> Tensor:
+    """Normalised corners of the fixed boxes, coarse before fine and row by row, (R, 4).
+
+    Raises:
+        RecipeError: `num_regions` is not their number.
+    """
+    boxes = [
+        (x / side, y / side, (x + 1) / side, (y + 1) / side)
+        for side in config.grid
+        for y in range(side)
+        for x in range(side)
+    ]
+    if boxes and len(boxes) != config.num_regions:
+        raise RecipeError(
+            f"The grid {list(config.grid)} has {len(boxes)} boxes, but tee.num_regions is {config.num_regions}",
+            f"Set tee.num_regions to {len(boxes)}",
+        )
+    return torch.tensor(boxes).reshape(-1, 4)
+
+
 class TEE(nn.Module):
     """Pixels to regions. Input: (B, 3, H, W) float, 0..255, RGB, already resized per PreprocessSpec."""
 
     anchors: Tensor
     limits: Tensor
+    grid: Tensor
     mean: Tensor
     inv_std: Tensor
 
@@ -131,6 +153,7 @@ class TEE(nn.Module):
         for name in ("anchors", "limits"):
             self.register_buffer(name, torch.empty(0), persistent=False)
         self._set_anchors(image_size)
+        self.register_buffer("grid", grid_boxes(config), persistent=False)
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("inv_std", 1 / (torch.tensor(spec.std).view(1, 3, 1, 1) * 255), persistent=False)
 
@@ -223,7 +246,15 @@ class TEE(nn.Module):
         index = survivors_first(keep, self.config.num_regions)
         return Regions(take(features, index), take(boxes, index) / self.limits, take(scores * keep, index))
 
+    def grid_regions(self, maps: list[Tensor]) -> Regions:
+        """Features of the fixed boxes, all with score 1, the whole image first."""
+        boxes_BR4 = (self.grid * self.limits).unsqueeze(0).expand(maps[0].shape[0], -1, -1)
+        features_BRD = self.box_features(maps, boxes_BR4).features_BRD
+        return Regions(features_BRD, boxes_BR4 / self.limits, torch.ones_like(boxes_BR4[..., 0]))
+
     def forward(self, pixels_BCHW: Tensor) -> Regions:
         dense = self.dense(pixels_BCHW)
+        if self.config.grid:
+            return self.grid_regions(dense.maps)
         proposals = self.propose(dense)
         return self.select(proposals, self.box_features(dense.maps, proposals, attributes=False))

@@ -12,7 +12,7 @@ from edgevlm.errors import CheckpointError
 from edgevlm.manifests import read_manifest
 from edgevlm.models.fusion import Fusion, FusionOutput
 from edgevlm.models.gates import LayerGates
-from edgevlm.models.heads import AnswerHead, WordHead
+from edgevlm.models.heads import AnswerHead, LinearAnswerHead, PairHead, WordHead
 from edgevlm.models.tee import TEE, Regions
 
 
@@ -31,11 +31,13 @@ class VLM(nn.Module):
         self.config = config
         self.tee = TEE(config.tee, spec, len(labels.classes), len(labels.attributes))
         self.fusion = Fusion(config.fusion, tokenizer, config.tee.roi_hidden)
-        self.head = AnswerHead(config.fusion.hidden, len(labels.answers))
-        self.referred = nn.Linear(config.fusion.hidden, 1)
-        hidden = config.fusion.hidden
+        hidden, num_answers, dropout = config.fusion.hidden, len(labels.answers), config.answer_dropout
+        linear = config.answer_head == "linear"
+        self.head = LinearAnswerHead(hidden, num_answers, dropout) if linear else AnswerHead(hidden, num_answers)
+        self.referred = nn.Linear(hidden, 1)
         self.word_head = WordHead(hidden, tokenizer.vocab_size) if "words" in config.heads else None
         self.match_head = nn.Linear(hidden, 2) if "match" in config.heads else None
+        self.pair_head = PairHead(hidden, num_answers, dropout=dropout) if "pair" in config.heads else None
 
     def encode(self, pixels_BCHW: Tensor) -> Regions:
         """Regions of images given as (B, 3, H, W) float, 0..255."""
@@ -57,6 +59,14 @@ class VLM(nn.Module):
     def fuse(self, regions: Regions, input_ids_BL: Tensor, **settings: Any) -> FusionOutput:
         """The fusion alone, for other heads than the answers'; `settings` as in `Fusion.forward`."""
         return self.fusion(regions.features_BND, regions.boxes_norm_BN4, self.valid(regions), input_ids_BL, **settings)
+
+    def answer_pair(self, left: Regions, right: Regions, input_ids_BL: Tensor) -> Tensor:
+        """Answer logits (B, A) for texts about two images: one pass of the text beside each (Oscar's form for NLVR2).
+
+        Needs the head `pair`.
+        """
+        pooled = (self.fuse(regions, input_ids_BL).pooled_BD for regions in (left, right))
+        return self.pair_head(*pooled)  # pyright: ignore[reportOptionalCall]
 
     def valid(self, regions: Regions) -> Tensor:
         """1.0 where a region scores enough to count, 0.0 where it is padding; (B, N)."""

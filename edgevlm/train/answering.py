@@ -8,16 +8,20 @@ import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from edgevlm.artifacts import VOCABULARY, Checkpoint, FusionConfig, ModelConfig
+from edgevlm.artifacts import VOCABULARY, Checkpoint, FusionConfig, ModelConfig, Vocabulary
 from edgevlm.job import Job
+from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
 from edgevlm.models.registry import resolve_fusion
 from edgevlm.models.vlm import VLM
-from edgevlm.recipe import TrainSection
+from edgevlm.recipe import FineTuneSection, TeacherSection, TrainSection
 from edgevlm.tasks import answers as task
+from edgevlm.tasks import vqa
+from edgevlm.tasks.entailment import per_class_accuracy
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.loop import fit
-from edgevlm.train.regions import AnswerBatch, RegionSplit
+from edgevlm.train.regions import AnswerBatch, RegionSplit, cached_splits
+from edgevlm.train.warm_start import warm_start
 
 
 class AnswerObjective(nn.Module):
@@ -30,8 +34,9 @@ class AnswerObjective(nn.Module):
 
     def forward(self, batch: AnswerBatch) -> tuple[Tensor, dict[str, Tensor]]:
         answer = self.model.answer(batch.regions, batch.input_ids)
-        loss = task.loss(answer.logits_BA, batch.answers)
-        logs = {"accuracy": (answer.logits_BA.argmax(1) == batch.answers).float().mean()}
+        truth = batch.answers, batch.targets
+        loss = task.loss(answer.logits_BA, *truth)
+        logs = {"accuracy": task.batch_accuracy(answer.logits_BA, *truth)}
         if self.referred_weight:
             aux = referred_loss(self.model, self.model.refer(answer), batch)
             loss = loss + self.referred_weight * aux
@@ -51,17 +56,37 @@ def freeze_extractor(model: VLM) -> None:
     model.tee.requires_grad_(False)
 
 
-def with_fusion(detector: VLM, manifest: Checkpoint, fusion: FusionConfig) -> VLM:
-    """The detector's extractor under a new, untrained fusion."""
-    config = ModelConfig(tee=manifest.model.tee, fusion=fusion)
+def with_fusion(detector: VLM, manifest: Checkpoint, fusion: FusionConfig, **settings: Any) -> VLM:
+    """The detector's extractor under a new, untrained fusion; `settings` are further fields of the `ModelConfig`."""
+    config = ModelConfig(tee=manifest.model.tee, fusion=fusion, **settings)
     model = VLM(config, manifest.preprocess, manifest.tokenizer, manifest.labels)
     model.tee.load_state_dict(detector.tee.state_dict())
     return model
 
 
+def answering_model(detector: VLM, manifest: Checkpoint, section: TeacherSection) -> VLM:
+    """The detector's extractor under the section's untrained fusion and answer head."""
+    settings = {"answer_head": section.answer_head, "answer_dropout": section.answer_dropout}
+    model = with_fusion(detector, manifest, resolve_fusion(section.fusion), **settings)
+    if section.answer_head == "linear":
+        vqa.start_at_prior(model.head.outer)
+    return model
+
+
+def warm(model: VLM, job: Job, section: FineTuneSection, manifest: Checkpoint) -> None:
+    """Start the fusion from what the run has pre-trained, else from what the section names, else leave it as it is."""
+    start = str(job.inputs["pretrain"]) if "pretrain" in job.inputs else section.start
+    if start is not None:
+        warm_start(model, start, job.inputs["detector"] / VOCABULARY, manifest.tokenizer, job.reporter)
+
+
 def batch_of(model: VLM, split: RegionSplit, rows: Tensor, min_regions: int = 1) -> AnswerBatch:
     """Questions `rows` as `model` sees them."""
-    return split.batch(rows, model.config.tee.score_threshold, model.fusion.pad_id, min_regions)
+    batch = split.batch(rows, model.config.tee.score_threshold, model.fusion.pad_id, min_regions)
+    if split.answer_ids is None or split.soft is None:
+        return batch
+    num_answers = model.head.outer.out_features
+    return batch._replace(targets=vqa.dense_targets(split.answer_ids[rows], split.soft[rows], num_answers))
 
 
 def fit_answers(
@@ -75,12 +100,16 @@ def fit_answers(
     min_regions: int = 1,
     **settings: Any,
 ) -> None:
-    """Train on the cached regions of the training split; `settings` go on to `fit`."""
+    """Train on the cached regions of the training split, on the questions with a known answer.
+
+    `settings` go on to `fit`.
+    """
     split = RegionSplit.load(job.inputs["regions"], "train")
+    usable = split.answerable()
     fit(
         objective,
-        len(split.answers),
-        lambda rows: {"batch": batch_of(model, split, rows, min_regions)},
+        len(usable),
+        lambda rows: {"batch": batch_of(model, split, usable[rows], min_regions)},
         section,
         what=what,
         work_dir=job.out_dir,
@@ -105,18 +134,30 @@ def predict(model: VLM, split: RegionSplit, num_keep: int | None = None, batch_s
 
 
 def evaluate(model: VLM, job: Job, num_keep: int | None = None) -> dict[str, float]:
-    """Accuracy on each evaluation split in the region cache, the majority answer's, and per kind on the test split."""
+    """Accuracy on each evaluation split in the region cache, the majority answer's, and per kind on the test split.
+
+    Where several annotators answered, it is the official accuracy (`tasks/vqa.py`).
+    """
     metrics: dict[str, float] = {}
-    for path in sorted(job.inputs["regions"].glob("*.safetensors")):
-        if path.stem == "train":
+    for name in cached_splits(job.inputs["regions"]):
+        if name == "train":
             continue
-        split = RegionSplit.load(job.inputs["regions"], path.stem)
+        split = RegionSplit.load(job.inputs["regions"], name)
         predicted, truth = predict(model, split, num_keep), split.answers.numpy()
-        metrics[f"accuracy_{path.stem}"] = task.accuracy(predicted, truth)
-        metrics[f"majority_{path.stem}"] = task.majority(truth)
-        if path.stem == "test":
-            kinds = task.accuracy_by_kind(predicted, truth, split.kinds)
-            metrics |= {f"accuracy_test.{kind}": value for kind, value in kinds.items() if kind}
+        if split.answer_ids is not None and split.official is not None:
+            ids_QK, official_QK = split.answer_ids.numpy(), split.official.numpy()
+            scores = vqa.official_scores(predicted, ids_QK, official_QK)
+            metrics[f"majority_{name}"] = vqa.best_constant(ids_QK, official_QK)
+        else:
+            scores = predicted == truth
+            metrics[f"majority_{name}"] = task.majority(truth)
+        metrics[f"accuracy_{name}"] = float(scores.mean())
+        if name == "test":
+            groups = task.mean_by(scores, split.kinds)
+            if job.recipe.task == "entailment":
+                answers = read_manifest(job.inputs["prepare"], Vocabulary).labels.answers
+                groups |= per_class_accuracy(predicted, truth, answers)
+            metrics |= {f"accuracy_test.{group}": value for group, value in groups.items() if group}
     return metrics
 
 
@@ -140,7 +181,8 @@ def train_teacher(job: Job) -> Checkpoint:
     recipe, section = job.recipe, job.recipe.teacher
     detector, manifest = vlm.load(job.inputs["detector"])
     torch.manual_seed(recipe.seed + 1)
-    model = with_fusion(detector, manifest, resolve_fusion(section.fusion))
+    model = answering_model(detector, manifest, section)
+    warm(model, job, section, manifest)
     objective = AnswerObjective(model, recipe.referred_weight)
     fit_answers(objective, model, job, section, what="teacher", seed=recipe.seed + 1)
     metrics = evaluate(model, job)

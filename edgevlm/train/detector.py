@@ -13,6 +13,7 @@ from edgevlm.data import Reader, open_reader
 from edgevlm.data.frames import Frames, RandomAccess, materialise
 from edgevlm.data.pictures import Pictures, training_specs
 from edgevlm.data.preprocess import preprocess, unscale_boxes
+from edgevlm.data.problems import Reporting
 from edgevlm.job import Job
 from edgevlm.manifests import read_manifest
 from edgevlm.models.backbone import load_trunk
@@ -23,19 +24,19 @@ from edgevlm.recipe import DetectorSection
 from edgevlm.tasks.average_precision import Annotated, Detected, coco_figures, mean_average_precision
 from edgevlm.tasks.detection import DetectionObjective, detect, detect_per_class
 from edgevlm.train.checkpoints import save_checkpoint
-from edgevlm.train.loop import Batch, fit
+from edgevlm.train.loop import Batch, fit, generator_of
 
 TRUTH = ("boxes_BG4", "classes_BG", "attributes_BGA")
 """What the objective is given beside the pixels."""
-MOMENTUM = 0.9
 NUM_EVALUATED = 256
 """Validation images for mAP."""
 
 
-def load_frames(job: Job, split: str, limit: int | None) -> Frames:
-    """Preprocessed images of a split, with a progress bar."""
+def load_frames(job: Job, split: str, limit: int | None, *, texts: bool = True) -> Frames:
+    """Preprocessed images of a split, with a progress bar; without `texts` a dataset that draws them draws just one."""
     recipe = job.recipe
-    reader = open_reader(recipe.data, recipe.task, recipe.seed, job.data_path)
+    data = recipe.data if texts else recipe.data.model_copy(update={"texts_per_image": 1})
+    reader = open_reader(data, recipe.task, recipe.seed, job.data_path)
     with job.reporter.bar(f"reading {split} images", limit) as bar:
         return materialise(reader, split, limit, recipe.preprocess, progress=lambda done, _: bar.update(done))
 
@@ -104,8 +105,8 @@ def pictures_source(
     specs = training_specs(spec, section.short_sides_px)
 
     def make_batch(rows: Tensor) -> Batch:
-        # From PyTorch's generator, whose state a snapshot holds: a resumed run sees the same pictures.
-        size, seed = (int(torch.randint(high, ())) for high in (len(specs), 2**31))
+        generator = generator_of(rows)  # so a resumed run sees the same pictures
+        size, seed = (int(torch.randint(high, (), generator=generator)) for high in (len(specs), 2**31))
         drawn = pictures.draw(rows.tolist(), specs[size], seed)
         truth = pad_truth([(p.boxes, p.classes, p.attributes) for p in drawn], num_attributes)
         pixels = torch.from_numpy(np.stack([picture.pixels_HWC for picture in drawn]))
@@ -127,8 +128,10 @@ def train_detector(job: Job) -> Checkpoint:
         pictures = Pictures(reader, "train", recipe.data.num_train, section.augment)
         num_rows, make_batch = pictures_source(pictures, vocabulary.preprocess, section, num_attributes)
     else:
-        num_rows, make_batch = frames_source(load_frames(job, "train", recipe.data.num_train), num_attributes)
-    if counts := getattr(getattr(reader, "bad", None), "counts", None):
+        num_rows, make_batch = frames_source(
+            load_frames(job, "train", recipe.data.num_train, texts=False), num_attributes
+        )
+    if isinstance(reader, Reporting) and (counts := reader.problems.counts):
         left_out = ", ".join(f"{number} x {kind}" for kind, number in counts.most_common())
         job.reporter.say(f"  malformed records left out: {left_out}")
     torch.manual_seed(recipe.seed)
@@ -156,20 +159,14 @@ def train_detector(job: Job) -> Checkpoint:
         key=job.provenance.key,
         seed=recipe.seed,
         reporter=job.reporter,
-        make_optimiser=sgd if section.optimiser == "sgd" else None,
     )
     tee = model.tee.eval()
     tee.resize((vocabulary.preprocess.height, vocabulary.preprocess.width))
     if drawn_anew:
         metrics = evaluate_pictures(tee, reader, "val", recipe.data.num_val, vocabulary.preprocess)
     else:
-        val = load_frames(job, "val", min(recipe.data.num_val or NUM_EVALUATED, NUM_EVALUATED))
+        val = load_frames(job, "val", min(recipe.data.num_val or NUM_EVALUATED, NUM_EVALUATED), texts=False)
         metrics = evaluate_detector(tee, val)
     job.reporter.say(f"  detector: mAP {metrics['map']:.3f}, AP50 {metrics['ap50']:.3f} on the validation images")
     manifest = manifest.model_copy(update={"metrics": metrics})
     return save_checkpoint(job.out_dir, model.cpu(), job.inputs["prepare"] / VOCABULARY, manifest)
-
-
-def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The optimiser of the detection papers."""
-    return torch.optim.SGD(groups, momentum=MOMENTUM)

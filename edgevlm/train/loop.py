@@ -1,63 +1,65 @@
 """The training loop: accelerate for devices, processes and mixed precision; everything else is a page of plain code.
 
-An objective is a module whose `forward(**batch)` returns (loss, logs). The order of the data is a function of the seed
-and the step alone, so that a killed run goes on exactly where its snapshot was taken.
+An objective is a module whose `forward(**batch)` returns (loss, logs). A step trains on `batch_size` rows, however many
+processes and pieces share them. The order of the data is a function of the seed and the step alone, so that a killed
+run goes on exactly where its snapshot was taken.
 """
 
+import contextlib
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
+from edgevlm import processes
 from edgevlm.errors import TrainingError
 from edgevlm.progress import Reporter
 from edgevlm.recipe import TrainSection
+from edgevlm.train import fully_sharded
+from edgevlm.train.batches import Batch, Batches, Loader, Piece, generator_of, prefetch, wait_for
+from edgevlm.train.optimiser import MovingAverage, make_optimiser, parameter_groups, schedule
 from edgevlm.train.snapshot import load_snapshot, save_snapshot
+
+__all__ = ["SNAPSHOTS", "Batch", "Batches", "fit", "generator_of", "parameter_groups", "schedule"]
 
 SNAPSHOTS = ".snapshot-*"
 """What `fit` leaves in its work folder for a resume; whoever finishes the stage deletes it."""
 
-Batch = dict[str, Any]
-"""Keyword arguments of an objective: tensors, or named tuples of them."""
+LOG_EVERY = 10
+"""Steps between entries of the log."""
+
+RANK_SEED = 7919
+"""Between the seeds of two processes: each drops other neurons."""
 
 
-class Batches:
-    """Row indices per step: a fresh permutation each epoch, cut into batches, split among the processes."""
+class Logs:
+    """The logs of the steps, read together: reading waits for the GPU, and the mean over processes for the others."""
 
-    def __init__(self, num_rows: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        self.num_rows, self.seed, self.rank, self.world = num_rows, seed, rank, world
-        self.batch_size = min(batch_size, num_rows)
-        self.per_epoch = num_rows // self.batch_size
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pending: list[tuple[int, tuple[str, ...], Tensor]] = []
 
-    def at(self, step: int) -> Tensor:
-        """Indices of this process's share of batch `step`."""
-        epoch, position = divmod(step, self.per_epoch)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.num_rows, generator=generator)
-        rows = self._order[position * self.batch_size : (position + 1) * self.batch_size]
-        return rows[self.rank :: self.world]
+    def add(self, step: int, logs: dict[str, Tensor | float]) -> None:
+        """Keep the logs of a step."""
+        values = [torch.as_tensor(value, dtype=torch.float32, device=self.device).detach() for value in logs.values()]
+        self._pending.append((step, tuple(logs), torch.stack(values)))
 
-
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Learning-rate factor: linear rise over `warmup * steps`, then linear fall to 0."""
-    rise = max(1, round(warmup * steps))
-    return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
-
-
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices only, not on biases, norms and scalars."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
-    ]
+    def read(self, accelerator: Accelerator) -> list[tuple[int, dict[str, float]]]:
+        """Logs of the steps since the last reading, as means over the processes."""
+        if not self._pending:
+            return []
+        flat = torch.cat([values for _, _, values in self._pending])
+        numbers = iter((accelerator.reduce(flat, "mean") if accelerator.num_processes > 1 else flat).tolist())  # pyright: ignore
+        steps = [(step, {name: next(numbers) for name in names}) for step, names, _ in self._pending]
+        self._pending = []
+        return steps
 
 
 def fit(
@@ -74,70 +76,179 @@ def fit(
     groups: list[dict[str, Any]] | None = None,
     before_step: Callable[[int], None] | None = None,
     after_step: Callable[[int], None] | None = None,
-    make_optimiser: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
 ) -> dict[str, float]:
     """Minimise `objective` for `section.steps` steps; resumes from a snapshot of the same `key` in `work_dir`.
 
     Args:
-        make_batch: row indices -> keyword arguments of the objective.
+        make_batch: row indices -> keyword arguments of the objective. It runs ahead of the step in a thread, so it
+            depends on the rows alone; what is random in it comes from `generator_of(rows)`.
         groups: optimiser parameter groups; default: all trainable parameters of the objective.
         before_step, after_step: called with the step index (for ramps and clamps).
-        make_optimiser: parameter groups -> optimiser; default: AdamW.
 
     Returns:
-        Means of the logs over the last tenth of the steps.
+        Means of the logs over the last tenth of the steps, `samples_per_s`, and `stall_share`: the share of the time
+        in which steps waited for their data, 0..1.
 
     Raises:
-        TrainingError: the loss is not finite; the last good snapshot is kept.
+        TrainingError: the loss is not finite (the last good snapshot is kept), a batch has fewer rows than pieces, or
+            `make_batch` draws from the global generator.
     """
-    accelerator = Accelerator(
-        mixed_precision="bf16" if torch.cuda.is_available() else "no",
-        log_with="tensorboard",
-        project_dir=work_dir / "tensorboard",
-    )
+    accelerator = start_accelerator(section, work_dir / "tensorboard")
     accelerator.init_trackers(what)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + RANK_SEED * accelerator.process_index)
     groups = groups or parameter_groups(objective, section.lr, section.weight_decay)
     base_lrs = [group["lr"] for group in groups]
-    optimiser = make_optimiser(groups) if make_optimiser else torch.optim.AdamW(groups, eps=1e-8)
-    wrapped, optimiser_ = accelerator.prepare(objective, optimiser)
+    if fully_sharded.is_wanted():
+        wrapped = objective
+        unshard = fully_sharded.shard(objective.to(accelerator.device), groups, wants_bf16(section))
+    else:
+        wrapped, unshard = accelerator.prepare(objective), None
+    optimiser = make_optimiser(section, groups, accelerator.device)
+    average = MovingAverage(objective, section.ema) if section.ema is not None else None
     snapshot = work_dir / SNAPSHOTS.replace("*", f"{what}.safetensors")
-    start = load_snapshot(snapshot, objective, optimiser, key)
+    start = load_snapshot(snapshot, objective, optimiser, key, average)
+    if len(set(processes.gathered(start))) > 1:
+        raise TrainingError(
+            f"{what}: the processes found different snapshots in {work_dir}", "Give --out a folder that all nodes share"
+        )
     if start:
         reporter.say(f"  {what}: going on from step {start} of {section.steps}")
     batches = Batches(num_rows, section.batch_size, seed, accelerator.process_index, accelerator.num_processes)
+    check_pieces(batches.batch_size, accelerator.num_processes, section.accumulate, what)
+    loader = Loader(batches, make_batch, section.accumulate, accelerator.device)
+    if section.compile:
+        objective.compile()
     trainable = [p for group in groups for p in group["params"]]
-    totals: dict[str, list[float]] = {}
+    logs, totals = Logs(accelerator.device), {}
+    read_every = 1 if accelerator.device.type == "cpu" and accelerator.num_processes == 1 else LOG_EVERY
+    clock = Clock()
+
+    def pieces_of(step: int) -> list[Piece]:
+        # The first is made while this thread waits for it, so a change of the random state is the batch's doing.
+        return loader.first_pieces(step) if step == start and section.loaders else loader.pieces(step)
+
     objective.train()
-    with reporter.bar(what, section.steps) as bar:
-        for step in range(start, section.steps):
+    with (
+        reporter.bar(what, section.steps) as bar,
+        contextlib.closing(prefetch(pieces_of, range(start, section.steps), section.loaders)) as ready,
+    ):
+        for step, pieces, waited in ready:
             for group, lr in zip(optimiser.param_groups, base_lrs, strict=True):
-                group["lr"] = lr * schedule(step, section.steps, section.warmup)
+                group["lr"] = lr * schedule(step, section.steps, section.warmup, section.schedule)
             if before_step is not None:
                 before_step(step)
-            loss, logs = wrapped(**send_to_device(make_batch(batches.at(step)), accelerator.device))  # pyright: ignore
-            accelerator.backward(loss)
+            logs.add(step, backward(accelerator, wrapped, pieces))
             accelerator.clip_grad_norm_(trainable, section.clip_norm)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"{what}: the loss became {value} at step {step}",
-                    f"Lower the learning rate; the state before it is kept in {work_dir}",
-                )
-            optimiser_.step()
-            optimiser_.zero_grad()
+            last = step + 1 == section.steps
+            saving = last or (step + 1) % section.save_every == 0
+            if step % read_every == 0 or saving:
+                for at, values in logs.read(accelerator):
+                    if not math.isfinite(values["loss"]):
+                        raise TrainingError(
+                            f"{what}: the loss became {values['loss']} at step {at}",
+                            f"Lower the learning rate; the state before it is kept in {work_dir}",
+                        )
+                    if at >= 0.9 * section.steps:
+                        for name, value in values.items():
+                            totals.setdefault(name, []).append(value)
+                    if at % LOG_EVERY == 0:
+                        accelerator.log(values, step=at)
+                        note = "  ".join(f"{name} {value:.3f}" for name, value in list(values.items())[:4])
+                        bar.update(at + 1, note)
+            optimiser.step()
+            optimiser.zero_grad()
             if after_step is not None:
                 after_step(step)
-            logs = {"loss": value, **{name: float(log) for name, log in logs.items()}}
-            if step >= 0.9 * section.steps:
-                for name, log in logs.items():
-                    totals.setdefault(name, []).append(log)
-            if step % 10 == 0:
-                accelerator.log(logs, step=step)
-                bar.update(step + 1, "  ".join(f"{name} {log:.3f}" for name, log in list(logs.items())[:4]))
-            last = step + 1 == section.steps
-            if (last or (step + 1) % section.save_every == 0) and accelerator.is_main_process:
-                save_snapshot(snapshot, objective, optimiser, step + 1, key)
-    accelerator.end_training()
+            if average is not None:
+                average.update(step)
+            if saving:
+                save_snapshot(snapshot, objective, optimiser, step + 1, key, average)
+            clock.tick(waited)
+    speed = clock.speed(batches.batch_size)
+    if speed:
+        accelerator.log(speed, step=section.steps)
+        reporter.say(
+            f"  {what}: {speed['samples_per_s']:.0f} samples/s, {speed['stall_share']:.1%} of the time waiting for data"
+        )
+    for tracker in accelerator.trackers:  # `end_training` would part the processes as well
+        tracker.finish()
+    leave(objective, average, unshard)
+    return {name: sum(values) / len(values) for name, values in totals.items()} | speed
+
+
+def backward(accelerator: Accelerator, wrapped: nn.Module, pieces: list[Piece]) -> dict[str, Tensor | float]:
+    """Gradients of a step, over all pieces and processes; returns the loss and logs as this process sees them."""
+    sums: dict[str, Any] = {}
+    for number, piece in enumerate(pieces, 1):
+        # Gradients travel between the processes once per step, with the last piece.
+        with accelerator.no_sync(wrapped) if number < len(pieces) else contextlib.nullcontext():
+            loss, logs = wrapped(**wait_for(piece))
+            loss = loss if piece.weight == 1 else loss * piece.weight
+            accelerator.backward(loss)
+        for name, value in {"loss": loss.detach(), **logs}.items():
+            value = value if name == "loss" or piece.weight == 1 else value * piece.weight
+            sums[name] = sums[name] + value if name in sums else value
+    return sums
+
+
+def start_accelerator(section: TrainSection, log_dir: Path) -> Accelerator:
+    """An Accelerator with the section's precision, whatever an earlier stage of this process used."""
+    processes.join()
+    AcceleratorState._reset_state(False)
+    return Accelerator(
+        mixed_precision="bf16" if wants_bf16(section) else "no",
+        log_with="tensorboard",
+        project_dir=log_dir,
+        # Heads that a task leaves alone have no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def wants_bf16(section: TrainSection) -> bool:
+    """Whether matrix products are to be taken in bfloat16 here."""
+    return section.precision == "bf16" or (section.precision == "auto" and torch.cuda.is_available())
+
+
+def check_pieces(batch_size: int, world: int, accumulate: int, what: str) -> None:
+    """Raise TrainingError where a batch has fewer rows than there are pieces to share them."""
+    if batch_size < world * accumulate:
+        raise TrainingError(
+            f"{what}: {batch_size} rows per step cannot be shared by {world} processes x {accumulate} pieces",
+            f"Set {what}.batch_size to {world * accumulate} or more, or start fewer processes",
+        )
+
+
+def leave(objective: nn.Module, average: MovingAverage | None, unshard: Callable[[], None] | None) -> None:
+    """The objective as the stage goes on with it: averaged weights, whole, not compiled, the same in every process."""
+    if average is not None:
+        average.put_in_place()
+    if unshard is not None:
+        unshard()
+    objective._compiled_call_impl = None
     objective.eval()
-    return {name: sum(values) / len(values) for name, values in totals.items()}
+    if processes.world_size() > 1:
+        for buffer in objective.buffers():  # each process saw other batches: the main one's batch norms hold
+            buffer.copy_(broadcast(buffer))  # pyright: ignore[reportArgumentType]
+
+
+class Clock:
+    """Time of the steps and of their waiting; the first step does not count: it warms up, and nothing was ahead."""
+
+    def __init__(self) -> None:
+        self._start: float | None = None
+        self._steps, self._waited = 0, 0.0
+
+    def tick(self, waited_s: float) -> None:
+        """A step is over."""
+        if self._start is None:
+            self._start = time.perf_counter()
+            return
+        self._steps += 1
+        self._waited += waited_s
+
+    def speed(self, batch_size: int) -> dict[str, float]:
+        """Samples per second and stall share so far; empty before the second step."""
+        if self._start is None or not self._steps:
+            return {}
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        return {"samples_per_s": batch_size * self._steps / seconds, "stall_share": min(1.0, self._waited / seconds)}

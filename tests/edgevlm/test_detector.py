@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from edgevlm.pipeline import run
 from edgevlm.recipe import Recipe, load_recipe
 from edgevlm.stages import check, stages_of
 from edgevlm.tasks.average_precision import FIGURES
-from edgevlm.train.detector import pad_truth, sgd
+from edgevlm.train.detector import pad_truth
+from edgevlm.train.optimiser import make_optimiser
 from tests.edgevlm.coco_folder import instances, make_folder
 
 AQUARIUM = Path(os.environ.get("EDGEVLM_DATA", "")) / "aquarium"
@@ -69,8 +71,8 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
 
     saved = loop.save_snapshot
 
-    def stop(path: Path, model: torch.nn.Module, optimiser: torch.optim.Optimizer, step: int, key: str) -> None:
-        saved(path, model, optimiser, step, key)
+    def stop(*arguments: Any) -> None:
+        saved(*arguments)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
@@ -95,7 +97,8 @@ def test_truth_is_padded() -> None:
 def test_sgd_is_the_papers() -> None:
     """Momentum 0.9 without Nesterov: two steps on a constant gradient g move by lr (g + 1.9 g)."""
     weight = torch.nn.Parameter(torch.zeros(1))
-    optimiser = sgd([{"params": [weight], "lr": 0.1, "weight_decay": 0.0}])
+    section = small("detector.optimiser=sgd").detector
+    optimiser = make_optimiser(section, [{"params": [weight], "lr": 0.1, "weight_decay": 0.0}], torch.device("cpu"))
     for _ in range(2):
         weight.grad = torch.ones(1)
         optimiser.step()

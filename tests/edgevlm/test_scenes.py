@@ -98,6 +98,17 @@ def test_texts_are_short_and_different(reader: Scenes) -> None:
             assert text.text == text.text.lower()
 
 
+def test_several_captions_are_true_and_begin_with_the_one() -> None:
+    several, one = Scenes("vqa", seed=5, captions_per_image=5), Scenes("vqa", seed=5)
+    different = 0
+    for index in range(20):
+        sample, alone = several.sample("train", index), one.sample("train", index)
+        assert len(sample.captions) == 5 and sample.captions[:1] == alone.captions and sample.texts == alone.texts
+        assert all(interpreter_of(sample, several.labels).caption(caption) for caption in sample.captions)
+        different += len(set(sample.captions))
+    assert different > 80
+
+
 def test_captions_match_and_near_misses_do_not() -> None:
     reader = Scenes("vqa", seed=5)
     matches: list[bool] = []

@@ -170,7 +170,7 @@ def test_altered_or_foreign_vocabulary_is_refused(tmp_path: Path, tokenizer: Tok
     with pytest.raises(DataError, match="not the vocabulary"):
         Tokenizer(path, tokenizer.spec)
     path.write_text("a\nb\n")
-    with pytest.raises(DataError, match="does not begin with"):
+    with pytest.raises(DataError, match=r"lacks \[PAD\] \[UNK\] \[CLS\] \[SEP\] \[MASK\]"):
         make_spec(path, 8)
     with pytest.raises(DataError, match="is missing"):
         Tokenizer(tmp_path / "none.txt", tokenizer.spec)
