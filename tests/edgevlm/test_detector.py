@@ -1,5 +1,6 @@
 """Stage `detector` on COCO-format folders: recipe to checkpoint, at several sizes, resumable, with COCO's figures."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import torch
 from edgevlm.artifacts import Checkpoint
 from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
+from edgevlm.models.registry import resolve_tee
 from edgevlm.pipeline import run
 from edgevlm.recipe import Recipe, load_recipe
 from edgevlm.stages import check, stages_of
 from edgevlm.tasks.average_precision import FIGURES
 from edgevlm.train.detector import pad_truth
 from edgevlm.train.optimiser import make_optimiser
-from tests.edgevlm.coco_folder import make_folder
+from tests.edgevlm.coco_folder import instances, make_folder
 
 AQUARIUM = Path(os.environ.get("EDGEVLM_DATA", "")) / "aquarium"
 SMALL = ["tee={name: test-tee}", "detector.steps=4", "detector.batch_size=4", "preprocess={height: 64, width: 64}"]
@@ -30,6 +32,20 @@ def small(*overrides: str) -> Recipe:
 def test_a_detection_recipe_ends_with_the_detector() -> None:
     assert [stage.name for stage in stages_of(load_recipe("aquarium"))] == ["prepare", "detector"]
     assert stages_of(load_recipe("scenes-tiny"))[-1].name == "scorecard"
+
+
+def test_the_coco_recipe_is_the_papers(tmp_path: Path) -> None:
+    """It passes the check on a folder named like COCO's; extractor and optimiser are MiniVLM's published ones."""
+    for split in ("train2017", "val2017"):
+        value = instances(tmp_path, split, 2)
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(value))
+    recipe = load_recipe("coco-tee-d0")
+    check(recipe, str(tmp_path))
+    tee, section = resolve_tee(recipe.tee), recipe.detector
+    assert (tee.trunk, tee.fpn_channels, tee.fpn_repeats, tee.first_level) == ("efficientnet_b0", 64, 3, 3)
+    assert (tee.num_proposals, tee.candidates_per_level, tee.roi_size, tee.roi_hidden) == (300, 1000, 4, 1024)
+    assert (section.optimiser, section.lr, section.batch_size, section.weight_decay) == ("sgd", 0.075, 16, 1e-5)
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
