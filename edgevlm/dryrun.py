@@ -24,7 +24,6 @@ from edgevlm.data.frames import Frames, RandomAccess, materialise
 from edgevlm.data.sample import Reader
 from edgevlm.errors import DataError
 from edgevlm.manifests import read_manifest
-from edgevlm.models.fusion import BOX_NUMBERS
 from edgevlm.models.registry import FUSIONS, resolve_fusion, resolve_tee
 from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM
@@ -235,7 +234,7 @@ def _split(recipe: Recipe, reader: Reader, model: VLM, name: str, frames: Frames
             "Check the dataset's answers, or its list of them",
         )
     config = model.tee.config
-    width = {"float32": 4, "float16": 2}[recipe.regions.dtype] * _feature_dim(model)
+    width = {"float32": 4, "float16": 2}[recipe.regions.dtype] * model.tee.region_dim
     image_bytes = 0 if recipe.task == "detection" else config.num_regions * (width + 5 * 4)
     return SplitPlan(
         name=name,
@@ -280,15 +279,11 @@ def _fusion_batch(model: VLM, training: _Training) -> dict[str, Any]:
     """The largest rows there can be: all regions count, and every text is as long as may be."""
     num_regions = model.tee.config.num_regions
     regions = Regions(
-        torch.rand(ROWS, num_regions, _feature_dim(model)),
+        torch.rand(ROWS, num_regions, model.tee.region_dim),
         torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(ROWS, num_regions, 1),
         torch.ones(ROWS, num_regions),
     )
     return {"regions": regions, "input_ids": torch.full((ROWS, training.num_words), 5, dtype=torch.int32)}
-
-
-def _feature_dim(model: VLM) -> int:
-    return model.fusion.region.in_features - BOX_NUMBERS
 
 
 def _count(module: nn.Module) -> int:
