@@ -490,4 +490,6 @@ def _explain(problem: ValidationError, source: str) -> RecipeError:
         return RecipeError(
             f"Recipe {source} lacks '{where}'", "Add the key, or start from a shipped recipe with `base:`"
         )
+    if not where:  # a rule about several sections
+        return RecipeError(f"Recipe {source}: {error['msg'].removeprefix('Value error, ')}", "Mend one of them")
     return RecipeError(f"Recipe {source}: '{where}' {error['msg'].lower()} (got {error['input']!r})", "Mend the value")

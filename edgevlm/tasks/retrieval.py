@@ -154,7 +154,9 @@ def tag_words(model: VLM, regions: Regions, classes: Sequence[str], attributes: 
     head = model.tee.box_head
     seen_BNC = head.classes(regions.features_BND)[..., :-1].argmax(-1)
     # An attribute head of its own reads more than the cached features: then the classes are all there is.
-    scored_BNA = head.attributes(regions.features_BND).sigmoid() if head.attributes is not None else seen_BNC[..., :0]
+    scored_BNA = regions.features_BND[..., :0]
+    if head.attributes is not None:
+        scored_BNA = head.attributes(regions.features_BND).sigmoid()
     likely_BNA = scored_BNA >= TAG_SCORE
     images = []
     for valid_N, seen_N, likely_NA in zip(model.valid(regions) > 0, seen_BNC, likely_BNA, strict=True):
