@@ -81,10 +81,13 @@ def test_choice_follows_the_gates() -> None:
     assert kept.neurons == (tuple(range(16, 32)),)
 
 
-@given(sparsity=st.floats(0.1, 0.8), seed=st.integers(0, 50))
+@given(sparsity=st.floats(0.1, 0.7), seed=st.integers(0, 50))
 @settings(max_examples=25, deadline=None)
 def test_the_asked_sparsity_is_met_wherever_the_gates_ended(sparsity: float, seed: int) -> None:
-    """Within what whole heads and rounded widths allow: half a head and half a rounding step per layer."""
+    """Within what whole heads and rounded widths allow: half a head and half a rounding step per layer.
+
+    Up to 70 %: beyond, the one head that every layer keeps stands in the way.
+    """
     config = FusionConfig.uniform(hidden=64, layers=3, heads=4, ffn=256)
     gates = FusionGates(config.layer_heads, config.layer_ffn)
     generator = torch.Generator().manual_seed(seed)
