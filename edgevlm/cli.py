@@ -55,7 +55,7 @@ def run(
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
 ) -> None:
     """Train, distil, prune, trim, export, verify, bench and score: one command, resumable."""
-    from edgevlm.recipe import load_recipe
+    from edgevlm.recipes import load_recipe
 
     loaded = load_recipe(recipe, overrides)  # a typo is found before torch is even loaded
     from edgevlm.pipeline import run as run_stages
@@ -81,7 +81,7 @@ def train(
 ) -> None:
     """Train: the stages of `run` up to the trained model, resumable; `--dry-run` says what that would take."""
     from edgevlm.processes import is_main, world_size
-    from edgevlm.recipe import load_recipe
+    from edgevlm.recipes import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     from edgevlm.stages import check_training, last_training, stages_of
@@ -124,7 +124,7 @@ def launch_config(
 @app.command()
 def recipes() -> None:
     """List the recipes that ship with the package."""
-    from edgevlm.recipe import load_recipe, shipped_recipes
+    from edgevlm.recipes import load_recipe, shipped_recipes
 
     for name in shipped_recipes():
         loaded = load_recipe(name)
@@ -141,8 +141,8 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Export a checkpoint into a bundle."""
+    from edgevlm.commands import export_checkpoint
     from edgevlm.progress import ConsoleReporter
-    from edgevlm.stages import export_checkpoint
 
     export_checkpoint(checkpoint, out, calibration, target, precision, overwrite, ConsoleReporter())
     console.print(f"Next: edgevlm verify {out} --checkpoint {checkpoint}")
@@ -158,8 +158,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Prove that every exported file still gives PyTorch's answers; exits 2 if one does not."""
+    from edgevlm.commands import verify_folder
     from edgevlm.progress import ConsoleReporter
-    from edgevlm.stages import verify_folder
 
     report = verify_folder(bundle, checkpoint, out, data, overwrite, ConsoleReporter())
     if as_json:
@@ -184,8 +184,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure load, first and warm latency and memory of every exported file on this machine."""
+    from edgevlm.commands import bench_folder
     from edgevlm.progress import ConsoleReporter
-    from edgevlm.stages import bench_folder
 
     report = bench_folder(bundle, checkpoint, out, threads, runs, overwrite, ConsoleReporter())
     if as_json:

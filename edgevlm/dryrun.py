@@ -116,8 +116,8 @@ def examine(recipe: Recipe, data_path: str | None, processes: int = 1) -> Plan:
             objective, batch = DetectionObjective(model.tee), _detector_batch(checked["train"], len(labels.attributes))
         else:
             objective, batch = FusionPass(model), _fusion_batch(model, training)
-        each = {"images": 1.0, "texts": train.texts_per_image, "captions": train.captions_per_image}[training.rows]
-        num_rows = None if train.num_images is None else round(train.num_images * each)
+        each = {"images": 1.0, "texts": train.texts_per_image, "captions": train.captions_per_image}.get(training.rows)
+        num_rows = None if train.num_images is None or each is None else round(train.num_images * each)
         stages.append(_stage(training, objective, batch, num_rows, processes))
     pixels = recipe.preprocess.height * recipe.preprocess.width * 3
     in_memory = trainings[0].fusion is None and train.num_images is not None
@@ -157,8 +157,8 @@ class _Training:
 
     stage: str
     section: TrainSection
-    rows: Literal["images", "texts", "captions"]
-    """What a row of its batches is."""
+    rows: Literal["images", "texts", "captions", "drawn"]
+    """What a row of its batches is; of what is drawn there is no end, and so no epoch."""
     fusion: FusionConfig | None = None
     """None: the extractor is trained."""
     heads: tuple[Any, ...] = ()
@@ -179,6 +179,8 @@ def _trainings(recipe: Recipe) -> Iterator[_Training]:
         fusion, length = resolve_fusion(section.fusion), section.caption_tokens + section.tag_tokens
         # Masked words see part of the text and matching all of it: two passes.
         yield _Training("pretrain", section, "captions", fusion, ("words", "match"), length, 2)
+    if (section := recipe.synthetic) is not None:
+        yield _Training("synthetic", section, "drawn", resolve_fusion(section.fusion), (), words)
     if (section := recipe.retrieval) is not None:
         yield _Training("retrieval", section, "captions", resolve_fusion(section.fusion), ("match",), words, 2)
     if (section := recipe.pairs) is not None:

@@ -18,7 +18,8 @@ from edgevlm.data.problems import Problem, Problems, Reporting
 from edgevlm.data.sample import Reader, Sample
 from edgevlm.errors import DataError
 from edgevlm.progress import Reporter
-from edgevlm.recipe import DataSection, load_recipe
+from edgevlm.recipe import DataSection
+from edgevlm.recipes import load_recipe
 
 MAX_POSITIONS = 512
 """Word pieces that a BERT-like fusion can take at all."""

@@ -1,4 +1,4 @@
-"""CIDEr-D in a page: the reward of self-critical training, thousands of captions a second.
+"""CIDEr-D in a page: the reward of self-critical training.
 
 Vedantam and others, 2015 (arXiv 1411.5726), the variant that pycocoevalcap calls CIDEr: clipped counts, a Gaussian
 penalty on the difference in length, times 10. Documents are images; their frequencies come from all references given.

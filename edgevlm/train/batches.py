@@ -43,16 +43,16 @@ class Batches:
         return rows[self.rank :: self.world]
 
 
-def generator_of(rows: Tensor) -> torch.Generator:
-    """A random generator that depends on the rows of a batch and their order, and on nothing else.
+def generator_of(rows: Tensor, seed: int = 0) -> torch.Generator:
+    """A random generator that depends on the rows of a batch, their order and the seed, and on nothing else.
 
     For augmentation in `make_batch`, which runs in a thread ahead of the step: the global generators would give other
     numbers after a resume.
     """
-    seed = 0
+    state = seed
     for row in rows.tolist():
-        seed = (seed * 1_000_003 + row + 1) % (2**63 - 1)
-    return torch.Generator().manual_seed(seed)
+        state = (state * 1_000_003 + row + 1) % (2**63 - 1)
+    return torch.Generator().manual_seed(state)
 
 
 class Piece(NamedTuple):

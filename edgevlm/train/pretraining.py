@@ -20,6 +20,7 @@ from edgevlm.recipe import PretrainSection
 from edgevlm.tasks import pretraining as task
 from edgevlm.tasks.pretraining import PretrainBatch
 from edgevlm.train.answering import freeze_extractor, with_fusion
+from edgevlm.train.batches import generator_of
 from edgevlm.train.captions import fit_captions, load_captions
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.loop import fit
@@ -47,7 +48,7 @@ class Pairs:
 
     def batch(self, rows: Tensor, section: PretrainSection, score_threshold: float, seed: int) -> PretrainBatch:
         """The captions `rows`, masked and mixed; a function of the rows and the seed alone."""
-        generator = batch_generator(rows, seed)
+        generator = generator_of(rows, seed)
         images = self.image_index[rows]
         own = self.captions[rows], self.tags[images]
         masked, targets = task.mask_words(
@@ -61,11 +62,9 @@ class Pairs:
             replaced_tags=section.replaced_tags,
             replaced_captions=section.replaced_captions,
         )
-        # Regions come best first, and behind the last that counts there is only padding.
-        valid = (self.split.scores[images] >= score_threshold).sum(1).amax()
-        number = max(1, min(section.num_regions, int(valid)))
-        regions = (part[images, :number] for part in (self.split.features, self.split.boxes, self.split.scores))
-        return PretrainBatch(Regions(*regions), masked, targets, mixed, fits)
+        regions = self.split.regions_of(images, score_threshold)
+        best = Regions(*(part[:, : section.num_regions] for part in regions))
+        return PretrainBatch(best, masked, targets, mixed, fits)
 
 
 class PretrainObjective(nn.Module):
@@ -85,14 +84,6 @@ class PretrainObjective(nn.Module):
         match = task.match_loss(logits_B2, batch.fits)
         accuracy = (logits_B2.argmax(1) == batch.fits).float().mean()
         return words + match, {"words": words.detach(), "match": match.detach(), "match_accuracy": accuracy}
-
-
-def batch_generator(rows: Tensor, seed: int) -> torch.Generator:
-    """A generator that depends on the rows of a batch, their order and the seed: a resumed run masks the same words."""
-    state = seed
-    for row in rows.tolist():
-        state = (state * 1_000_003 + row + 1) % (2**63 - 1)
-    return torch.Generator().manual_seed(state)
 
 
 def load_pairs(job: Job, model: VLM, manifest: Checkpoint, split_name: str) -> Pairs:

@@ -17,7 +17,7 @@ from edgevlm.job import Job
 from edgevlm.manifests import write_manifest
 from edgevlm.models.registry import FUSIONS, TEES
 from edgevlm.models.vlm import VLM
-from edgevlm.recipe import load_recipe
+from edgevlm.recipes import load_recipe
 from edgevlm.train.captions import save_captions
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.regions import RegionSplit

@@ -15,7 +15,8 @@ from edgevlm.job import Job
 from edgevlm.manifests import read_manifest
 from edgevlm.models.registry import FUSIONS, resolve_tee
 from edgevlm.models.vlm import VLM
-from edgevlm.recipe import Recipe, load_recipe
+from edgevlm.recipe import Recipe
+from edgevlm.recipes import load_recipe
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.prepare import prepare
 from edgevlm.train.regions import cache_regions

@@ -20,7 +20,8 @@ from edgevlm.models.decoding import greedy, next_word, read_context, word_log_pr
 from edgevlm.models.registry import FUSIONS, TEES
 from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM
-from edgevlm.recipe import Recipe, load_recipe
+from edgevlm.recipe import Recipe
+from edgevlm.recipes import load_recipe
 from edgevlm.stages import stages_of
 from edgevlm.tasks import caption_metrics
 from edgevlm.tasks.captioning import (

@@ -14,7 +14,8 @@ from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
 from edgevlm.models.registry import resolve_tee
 from edgevlm.pipeline import run
-from edgevlm.recipe import Recipe, load_recipe
+from edgevlm.recipe import Recipe
+from edgevlm.recipes import load_recipe
 from edgevlm.stages import check, stages_of
 from edgevlm.tasks.average_precision import FIGURES
 from edgevlm.train.detector import pad_truth

@@ -14,7 +14,7 @@ from edgevlm.data.scenes import Scenes
 from edgevlm.errors import CheckpointError, DataError, RecipeError, TrainingError
 from edgevlm.manifests import write_manifest
 from edgevlm.models.registry import FUSIONS, TEES
-from edgevlm.recipe import load_recipe
+from edgevlm.recipes import load_recipe
 from edgevlm.train.regions import RegionSplit, shard_path
 from tests.edgevlm.dataset_folders import vqav2_example
 from tests.edgevlm.tiny import tiny_regions

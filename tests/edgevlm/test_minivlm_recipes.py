@@ -11,7 +11,7 @@ import pytest
 from edgevlm.artifacts import Checkpoint
 from edgevlm.manifests import read_manifest
 from edgevlm.pipeline import run
-from edgevlm.recipe import load_recipe, shipped_recipes
+from edgevlm.recipes import load_recipe, shipped_recipes
 from edgevlm.stages import check_training, last_training, stages_of
 from tests.edgevlm import dataset_folders as make
 from tests.edgevlm.test_readers import conceptual_as_table

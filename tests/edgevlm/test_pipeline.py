@@ -14,7 +14,7 @@ from edgevlm.errors import CheckpointError, DataError, OutputInUse, RecipeError
 from edgevlm.job import Job
 from edgevlm.manifests import read_manifest, write_manifest
 from edgevlm.pipeline import Stage, data_fingerprint, run, stage_keys
-from edgevlm.recipe import load_recipe
+from edgevlm.recipes import load_recipe
 
 
 def tracing_stage(

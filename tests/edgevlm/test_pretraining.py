@@ -17,7 +17,7 @@ from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
 from edgevlm.models.registry import FUSIONS
 from edgevlm.models.tee import Regions
-from edgevlm.recipe import load_recipe
+from edgevlm.recipes import load_recipe
 from edgevlm.tasks.pretraining import (
     NO_TARGET,
     PretrainBatch,

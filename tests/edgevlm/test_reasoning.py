@@ -17,7 +17,8 @@ from edgevlm.manifests import write_manifest
 from edgevlm.models.registry import FUSIONS, TEES
 from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM, load
-from edgevlm.recipe import Recipe, load_recipe
+from edgevlm.recipe import Recipe
+from edgevlm.recipes import load_recipe
 from edgevlm.stages import stages_of
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.drawn import Drawn, join, open_drawn, shuffle_parts

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from edgevlm.errors import RecipeError
-from edgevlm.recipe import load_recipe, shipped_recipes
+from edgevlm.recipes import load_recipe, shipped_recipes
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -18,7 +18,7 @@ from edgevlm.errors import CheckpointError, DataError
 from edgevlm.job import Job
 from edgevlm.models import vlm
 from edgevlm.models.registry import FUSIONS, TEES
-from edgevlm.recipe import load_recipe
+from edgevlm.recipes import load_recipe
 from edgevlm.train import regions
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.prepare import prepare

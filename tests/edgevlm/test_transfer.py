@@ -12,7 +12,7 @@ from edgevlm.errors import CheckpointError, RecipeError
 from edgevlm.models import vlm
 from edgevlm.models.registry import TEES
 from edgevlm.models.tee import TEE
-from edgevlm.recipe import load_recipe
+from edgevlm.recipes import load_recipe
 from edgevlm.stages import STAGES, detector, stages_of
 from edgevlm.train.prepare import prepare
 from tests.edgevlm.runs import SMALL, Made, detector_job, job_for, made_sample

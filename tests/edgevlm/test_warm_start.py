@@ -19,7 +19,7 @@ from edgevlm.models.registry import FUSIONS, TEES
 from edgevlm.models.vlm import VLM
 from edgevlm.pipeline import run
 from edgevlm.progress import Reporter
-from edgevlm.recipe import load_recipe
+from edgevlm.recipes import load_recipe
 from edgevlm.stages import STAGES, check, stages_of
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.prepare import prepare
