@@ -72,12 +72,7 @@ class DetectionObjective(nn.Module):
 
     def _rpn_loss(self, logits_BM: Tensor, deltas_BM4: Tensor, truth: Truth) -> tuple[Tensor, Tensor]:
         anchors = self.tee.anchors
-        # Image by image: padded to the busiest image, the table of overlaps would be most of a step.
-        matches = [
-            match_anchors(anchors, boxes[classes >= 0])
-            for boxes, classes in zip(truth.boxes_BG4, truth.classes_BG, strict=True)
-        ]
-        best_BM, claimed_BM, matched_BM4 = (torch.stack(column) for column in zip(*matches, strict=True))
+        best_BM, claimed_BM, matched_BM4 = match_anchors(anchors, truth.boxes_BG4, truth.classes_BG >= 0)
         positive = (best_BM >= RPN_POSITIVE) | claimed_BM
         negative = (best_BM < RPN_NEGATIVE) & ~positive
         losses = F.binary_cross_entropy_with_logits(logits_BM, positive.to(logits_BM.dtype), reduction="none")
@@ -120,20 +115,32 @@ class DetectionObjective(nn.Module):
         return classes, boxes, (errors * positive).sum() / count
 
 
-def match_anchors(anchors_M4: Tensor, boxes_G4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The object each anchor overlaps most, in one image.
+def match_anchors(anchors_M4: Tensor, boxes_BG4: Tensor, real_BG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The object each anchor overlaps most, among the real ones of its image.
 
     Returns:
-        That overlap (M,), 0..1; whether an object claims the anchor (M,), because no other overlaps it more, however
-        little that is: small objects get positives too; and the box of the object (M, 4).
+        That overlap (B, M), 0..1; whether an object claims the anchor (B, M), because no other overlaps it more, however
+        little that is: small objects get positives too; and the box of the object (B, M, 4).
     """
-    if not len(boxes_G4):
-        none = torch.zeros_like(anchors_M4[:, 0])
-        return none, none.bool(), anchors_M4
-    iou_MG = box_iou(anchors_M4[None], boxes_G4[None])[0]
-    best_M, match_M = iou_MG.max(dim=1)
-    claimed = (iou_MG == iou_MG.amax(dim=0, keepdim=True)) & (iou_MG > MIN_CLAIM)
-    return best_M, claimed.any(dim=1), boxes_G4[match_M]
+    # One table for the objects there are: padded to the busiest image it would be most of a step.
+    iou_NM = box_iou(boxes_BG4[real_BG][None], anchors_M4[None])[0]
+    columns = [
+        _best(iou_GM, boxes_G4[real_G]) if len(iou_GM) else _nothing(anchors_M4)
+        for iou_GM, boxes_G4, real_G in zip(iou_NM.split(real_BG.sum(1).tolist()), boxes_BG4, real_BG, strict=True)
+    ]
+    best_BM, claimed_BM, matched_BM4 = (torch.stack(column) for column in zip(*columns, strict=True))
+    return best_BM, claimed_BM, matched_BM4
+
+
+def _best(iou_GM: Tensor, boxes_G4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    best_M, match_M = iou_GM.max(dim=0)
+    claimed = (iou_GM == iou_GM.amax(dim=1, keepdim=True)) & (iou_GM > MIN_CLAIM)
+    return best_M, claimed.any(dim=0), boxes_G4[match_M]
+
+
+def _nothing(anchors_M4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    none = torch.zeros_like(anchors_M4[:, 0])
+    return none, none.bool(), anchors_M4
 
 
 def largest(values_BM: Tensor, allowed_BM: Tensor, count_B: Tensor) -> Tensor:
