@@ -19,16 +19,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from edgevlm import __version__, processes
 from edgevlm.artifacts import Artifact, Provenance, digest
 from edgevlm.errors import DataError, OutputInUse, RecipeError, nearest
 from edgevlm.job import Job
-from edgevlm.manifests import MANIFEST
+from edgevlm.manifests import MANIFEST, file_sha256
 from edgevlm.progress import Reporter
 from edgevlm.recipe import Recipe
 
 RUN_FILE = "run.json"
+FROM_OUTSIDE = ("extractor", "start", "tagger", "trunk_weights", "vocab")
+"""Recipe keys, in any section, that may name a file or folder: what lies there enters the key, not its name."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Stage:
 
 def stage_keys(stages: tuple[Stage, ...], recipe: Recipe, data_path: str | None) -> dict[str, str]:
     """Key of every stage, in order."""
-    values = recipe.model_dump(mode="json")
+    values = _with_contents(recipe.model_dump(mode="json"))
     data = data_fingerprint(data_path or recipe.data.path)
     keys: dict[str, str] = {}
     for stage in stages:
@@ -61,6 +64,26 @@ def stage_keys(stages: tuple[Stage, ...], recipe: Recipe, data_path: str | None)
             }
         )
     return keys
+
+
+def _with_contents(section: dict[str, Any]) -> dict[str, Any]:
+    """The section, with fingerprints for the files and folders that it names."""
+    found = dict(section)
+    for name, value in section.items():
+        if isinstance(value, dict):
+            found[name] = _with_contents(value)
+        elif name in FROM_OUTSIDE and isinstance(value, str) and Path(value).exists():
+            found[name] = weights_fingerprint(Path(value))
+    return found
+
+
+def weights_fingerprint(path: Path) -> str:
+    """Hash of what a checkpoint's manifest says of it, or of a file's or folder's content."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        return digest({"key": manifest["provenance"]["key"], "files": manifest["files"]})
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    return digest([(f.relative_to(path).as_posix(), file_sha256(f)) for f in files])
 
 
 def data_fingerprint(path: str | None) -> str:

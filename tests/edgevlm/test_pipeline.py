@@ -73,6 +73,30 @@ def test_seed_changes_every_key() -> None:
     assert all(before[name] != after[name] for name in before)
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "folder"])
+def test_other_weights_at_the_same_path_rerun_what_starts_from_them(tmp_path: Path, kind: str) -> None:
+    weights = tmp_path / "weights"
+    if kind == "checkpoint":
+        stages = (tracing_stage("a", (), (), tmp_path / "log"),)
+        made = [run(stages, load_recipe("scenes-tiny", [f"seed={s}"]), tmp_path / f"out{s}")["a"] for s in (0, 1)]
+    else:
+        made = [tmp_path / f"text{s}" for s in (0, 1)]
+        for seed, folder in enumerate(made):
+            folder.mkdir()
+            (folder / "model.safetensors").write_text(f"as long as the other {seed}")
+
+    def keys() -> dict[str, str]:
+        return stage_keys(flow(tmp_path / "log"), load_recipe("scenes-tiny", [f"teacher.start={weights}"]), None)
+
+    made[0].rename(weights)
+    first = keys()
+    assert keys() == first
+    weights.rename(tmp_path / "moved")
+    made[1].rename(weights)
+    changed = {name for name, key in keys().items() if key != first[name]}
+    assert changed == {"b", "d"}
+
+
 def test_until_stops_and_goes_on(tmp_path: Path) -> None:
     log, recipe = tmp_path / "log", load_recipe("scenes-tiny")
     assert set(run(flow(log), recipe, tmp_path / "out", until="b")) == {"a", "b"}
