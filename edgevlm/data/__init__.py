@@ -38,7 +38,7 @@ def _coco(section: DataSection, task: str, seed: int) -> Reader:
 def _nlvr(section: DataSection, task: str, seed: int) -> Reader:
     from edgevlm.data.nlvr import NLVR
 
-    return NLVR(Path(_folder(section)), task, seed)
+    return NLVR(Path(_folder(section)), task, seed, problems=Problems(section.on_bad))
 
 
 def _nlvr2(section: DataSection, task: str, seed: int) -> Reader:

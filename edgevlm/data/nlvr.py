@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from edgevlm.artifacts import Labels
+from edgevlm.data.entries import parse
 from edgevlm.data.nlvr_words import VOCABULARY
 from edgevlm.data.preprocess import load_image
+from edgevlm.data.problems import Problems
 from edgevlm.data.sample import Sample, Text
 from edgevlm.errors import DataError, ImageError, RecipeError
 
 IMAGE_SIZE_WH = (400, 100)
-BOX_STEP_PX = 150
+BOX_PX, BOX_STEP_PX = 100, 150
 """Three boxes of 100 x 100 pixels, 50 pixels apart."""
 
 BOX_ORDER = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
@@ -72,6 +74,8 @@ class Record(BaseModel):
     identifier: str
     directory: str
     structured_rep: Annotated[list[list[Item]], Field(min_length=3, max_length=3)]
+    line: int = 0
+    """Where it stands in the file, from 1."""
 
 
 class NLVR:
@@ -83,6 +87,7 @@ class NLVR:
         seed: decides the draw of "random" permutations; nothing else depends on it.
         permutations: split -> permutations (0 to 5) of each example, or "random": one per example. What is not named
             keeps the default: 0 of `train` and `val`, all six of `dev` and `test` (the official score).
+        problems: gets the bad records; by default the first one stops.
 
     Raises:
         RecipeError: another task, split or permutation.
@@ -95,14 +100,20 @@ class NLVR:
     words = VOCABULARY
     """What the vocabulary must hold whole, so that a spelling can take another's meaning."""
 
-    def __init__(self, path: Path, task: str, seed: int = 0, permutations: Mapping[str, Choice] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        task: str,
+        seed: int = 0,
+        permutations: Mapping[str, Choice] | None = None,
+        problems: Problems | None = None,
+    ) -> None:
         if task != "reasoning":
             raise RecipeError(f"Dataset nlvr has no task '{task}'", "Set task: reasoning")
         self.path = path
         self.seed = seed
         self.permutations = PERMUTATIONS | dict(permutations or {})
-        self.num_unlabelled: dict[str, int] = {}
-        """Split -> images that were skipped because their example has no record; known once a split is read whole."""
+        self.problems = problems or Problems()
         for split, choice in self.permutations.items():
             if split not in self.splits or (choice != "random" and (not choice or not set(choice) <= set(range(6)))):
                 raise RecipeError(
@@ -117,7 +128,7 @@ class NLVR:
         `Text.kind` says of evaluation sentences whether training has `seen` them: about half of them repeat.
 
         Raises:
-            DataError: an unknown split, or a malformed record or image (the line or the image is named).
+            DataError: an unknown split, or a bad record or image where that stops (the line or the image is named).
         """
         if split not in self.splits:
             raise DataError(f"Dataset nlvr has no split '{split}'", f"Use one of {', '.join(self.splits)}")
@@ -128,26 +139,35 @@ class NLVR:
         records = parts[split] if split in parts else self._records(split)
         left_out = {"train": val, "val": train}.get(split, {})
         seen = {_plain(record) for record in train.values()} if split != "train" else set()
-        num_samples, num_unlabelled = 0, 0
+        wanted = {(identifier, number) for identifier in records for number in self._wanted(split, identifier)}
+        num_samples = 0
         for row in self._images(split):
             identifier, permutation = str(row["identifier"]), int(row["perm"])
             if identifier in left_out or permutation not in self._wanted(split, identifier):
                 continue
             if identifier not in records:
-                num_unlabelled += 1
+                self.problems.leave_out("image without a record")
                 continue
+            wanted.discard((identifier, permutation))
             kind = "" if split == "train" else ("seen" if _plain(records[identifier]) in seen else "unseen")
-            yield _sample(_stored(split), records[identifier], permutation, row["image"], kind)
+            sample = self._sample(_stored(split), records[identifier], permutation, row["image"], kind)
+            if sample is None:
+                continue
+            yield sample
             num_samples += 1
             if num_samples == limit:
                 return
-        self.num_unlabelled[split] = num_unlabelled
+        file = str(self.path / f"{_stored(split)}.jsonl")
+        for identifier, number in sorted(wanted):
+            what = f"{identifier} has no image of permutation {number} in the folder"
+            self.problems.report("missing image", file, records[identifier].line, what)
+        self.problems.sum_up()
 
     def records(self, split: str) -> list[Record]:
         """The records of a split, without images.
 
         Raises:
-            DataError: a malformed record.
+            DataError: a bad record, where that stops.
         """
         train, val = _divide(self._records("train"))
         parts = {"train": train, "val": val}
@@ -163,20 +183,19 @@ class NLVR:
         """Identifier -> record, in the order of the file."""
         path = self.path / f"{stored}.jsonl"
         records: dict[str, Record] = {}
-        with path.open("rb") as file:
+        with path.open(encoding="utf-8", errors="replace") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
-                try:
-                    record = Record.model_validate_json(line)
-                except ValidationError as problem:
-                    error = problem.errors()[0]
-                    where = ".".join(map(str, error["loc"]))
-                    raise DataError(
-                        f"{path}:{number}: {f'{where}: ' if where else ''}{error['msg']}",
-                        "Mend the line, or convert the release again",
-                    ) from problem
-                records[record.identifier] = record
+                record = parse(Record, line, str(path), number, self.problems)
+                if record is None:
+                    continue
+                if record.identifier in records:
+                    self.problems.report("duplicate id", str(path), number, f"{record.identifier} stands twice")
+                elif outside := _outside(record):
+                    self.problems.report("bad box", str(path), number, outside)
+                else:
+                    records[record.identifier] = record.model_copy(update={"line": number})
         return records
 
     def _images(self, split: str) -> Iterator[dict[str, Any]]:
@@ -199,6 +218,35 @@ class NLVR:
                 if not {"identifier", "perm", "image"} <= set(row):
                     raise DataError(f"{files[0]} has the columns {', '.join(row)}", WHERE)
                 yield row
+
+    def _sample(self, stored: str, record: Record, permutation: int, image_bytes: bytes, kind: str) -> Sample | None:
+        """A sample; a bad image is reported, and the result is None."""
+        file, name = str(self.path / f"images-{stored}-*.parquet"), f"{stored}-{record.identifier}/p{permutation}"
+        try:
+            image = load_image(image_bytes)
+        except ImageError as problem:
+            self.problems.report("unreadable image", file, name, problem.what)
+            return None
+        if image.size != IMAGE_SIZE_WH:
+            what = f"{image.width} x {image.height} pixels, not 400 x 100"
+            self.problems.report("malformed record", file, name, what)
+            return None
+        corners, classes, attributes = [], [], []
+        for place, box in enumerate(BOX_ORDER[permutation]):
+            for item in record.structured_rep[box]:
+                x, y = place * BOX_STEP_PX + item.x_loc, item.y_loc
+                corners.append((x, y, x + item.size, y + item.size))
+                classes.append(SHAPES.index(item.type))
+                tags = LABELS.attributes
+                attributes.append((tags.index(COLOURS[item.color]), tags.index(SIZES[item.size])))
+        return Sample(
+            id=name,
+            image=image,
+            boxes=np.array(corners, np.float32).reshape(-1, 4),
+            classes=np.array(classes, np.int64),
+            attributes=tuple(attributes),
+            texts=(Text(record.sentence, record.label, (), kind),),
+        )
 
     def _image_files(self, split: str) -> list[Path]:
         choice, stored = self.permutations[split], _stored(split)
@@ -237,27 +285,10 @@ def _plain(record: Record) -> str:
     return " ".join(record.sentence.lower().rstrip(" .").split())
 
 
-def _sample(stored: str, record: Record, permutation: int, image_bytes: bytes, kind: str) -> Sample:
-    name = f"{stored}-{record.identifier}/p{permutation}"
-    try:
-        image = load_image(image_bytes)
-    except ImageError as problem:
-        raise DataError(f"Image of {name}: {problem.what}", WHERE) from problem
-    if image.size != IMAGE_SIZE_WH:
-        raise DataError(f"Image of {name} is {image.width} x {image.height} pixels, not 400 x 100", WHERE)
-    corners, classes, attributes = [], [], []
-    for place, box in enumerate(BOX_ORDER[permutation]):
-        for item in record.structured_rep[box]:
-            x, y = place * BOX_STEP_PX + item.x_loc, item.y_loc
-            corners.append((x, y, x + item.size, y + item.size))
-            classes.append(SHAPES.index(item.type))
-            tags = LABELS.attributes
-            attributes.append((tags.index(COLOURS[item.color]), tags.index(SIZES[item.size])))
-    return Sample(
-        id=name,
-        image=image,
-        boxes=np.array(corners, np.float32).reshape(-1, 4),
-        classes=np.array(classes, np.int64),
-        attributes=tuple(attributes),
-        texts=(Text(record.sentence, record.label, (), kind),),
-    )
+def _outside(record: Record) -> str:
+    """What is wrong with the first item that is not inside its box; empty if all are."""
+    for number, box in enumerate(record.structured_rep, 1):
+        for item in box:
+            if min(item.x_loc, item.y_loc) < 0 or max(item.x_loc, item.y_loc) + item.size > BOX_PX:
+                return f"box {number} has an item at ({item.x_loc:g}, {item.y_loc:g}) of size {item.size} outside its {BOX_PX} px"
+    return ""

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -202,12 +203,16 @@ def test_objects_and_pixels_in_every_permutation(folder: Path) -> None:
 
 def test_splits_and_permutations(folder: Path) -> None:
     reader = NLVR(folder, "reasoning")
-    ids = {split: [sample.id for sample in reader.samples(split)] for split in reader.splits}
+    ids, unlabelled = {}, {}
+    for split in reader.splits:
+        reader.problems.left_out.clear()
+        ids[split] = [sample.id for sample in reader.samples(split)]
+        unlabelled[split] = reader.problems.left_out["image without a record"]
     assert {name: len(found) for name, found in ids.items()} == {"train": 9, "val": 3, "dev": 12, "test": 6}
     assert all(name.endswith("/p0") for name in ids["train"] + ids["val"])
     assert not set(ids["train"]) & set(ids["val"])
     assert len({name.split("-")[1] for name in ids["val"]}) == 1  # one whole directory of four
-    assert reader.num_unlabelled == {"train": 1, "val": 1, "dev": 0, "test": 0}
+    assert unlabelled == {"train": 1, "val": 1, "dev": 0, "test": 0}
     assert ids["train"] == [sample.id for sample in NLVR(folder, "reasoning", seed=9).samples("train")]
     assert [sample.id for sample in reader.samples("train", 4)] == ids["train"][:4]
     assert list(reader.samples("train", 0)) == []
@@ -312,7 +317,7 @@ def test_malformed_images(broken: Path) -> None:
     table = pq.read_table(path)
     for image, complaint in ((b"RIFF", "not an image"), (_png(400, 99), "400 x 99 pixels, not 400 x 100")):
         pq.write_table(table.set_column(3, "image", [[image]]), path)
-        with pytest.raises(DataError, match=f"Image of test-2-0/p0.*{complaint}"):
+        with pytest.raises(DataError, match=rf"images-test-\*\.parquet:test-2-0/p0.*{complaint}"):
             list(NLVR(broken, "reasoning").samples("test"))
     pq.write_table(table.drop_columns(["perm"]), path)
     with pytest.raises(DataError, match="has the columns image_name, identifier, image"):
@@ -320,6 +325,26 @@ def test_malformed_images(broken: Path) -> None:
     path.write_bytes(b"PAR1 and nothing more")
     with pytest.raises(DataError, match="cannot be read"):
         list(NLVR(broken, "reasoning").samples("test"))
+
+
+def test_bad_records_are_left_out_or_stop(broken: Path) -> None:
+    """One of each kind in six good records: with `skip` the others remain, and each is named by its line."""
+    path = broken / "dev.jsonl"
+    good = path.read_text().splitlines()
+    numbers = len(good)
+    bad = [
+        good[0],
+        re.sub(r'"x_loc": [0-9.]+', '"x_loc": 95', good[0].replace('"identifier": "', '"identifier": "9'), count=1),
+        good[0].replace('"identifier": "', '"identifier": "8'),
+    ]
+    path.write_text("\n".join(good + bad) + "\n")
+    reader = open_reader(DataSection(dataset="nlvr", on_bad="skip"), "reasoning", 0, str(broken))
+    assert isinstance(reader, NLVR)
+    assert len(list(reader.samples("dev"))) == 6 * numbers
+    kinds = [(problem.kind, problem.where) for problem in reader.problems.found]
+    assert kinds == [("duplicate id", numbers + 1), ("bad box", numbers + 2), *[("missing image", numbers + 3)] * 6]
+    with pytest.raises(DataError, match=rf"dev\.jsonl:{numbers + 1}: .*stands twice.*on_bad: skip"):
+        list(NLVR(broken, "reasoning").samples("dev"))
 
 
 def _png(width: int, height: int) -> bytes:
@@ -345,7 +370,7 @@ def test_real_dev_and_test_are_complete() -> None:
         assert answers["true"] / num_images == pytest.approx(majority, abs=5e-4)
         seen = Counter(sample.texts[0].kind for sample in samples)["seen"] / num_images
         assert 0.40 < seen < 0.50
-        assert reader.num_unlabelled == {split: 0}
+        assert not reader.problems.left_out
         wrong = total = 0
         for sample in samples[::25]:
             for x, y, side, _, colour in objects_of(sample):
@@ -369,4 +394,4 @@ def test_real_training_directories_are_divided_whole() -> None:
     directories = {split: {directory_of[name] for name in names} for split, names in found.items()}
     assert not directories["train"] & directories["val"]
     assert 0.06 < len(found["val"]) / len(directory_of) < 0.10
-    assert reader.num_unlabelled == {"train": 2, "val": 2}
+    assert reader.problems.left_out == {"image without a record": 4}  # two, met in either half
