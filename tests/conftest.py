@@ -15,6 +15,7 @@ SHARED_FIXTURES = ("e2e", "targets")
 """Folders whose tests share one slow session fixture, and so must stay in one process."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group tests for `pytest -n 2 --dist loadgroup`: by folder where a fixture is shared, else by file."""
     for item in items:
