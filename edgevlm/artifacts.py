@@ -181,6 +181,13 @@ class ModelConfig(Frozen):
     """One hidden layer, or a linear classifier (MiniVLM's for VQA)."""
     answer_dropout: float = 0.0
     """Before the linear classifier, and in the pair head."""
+    widths: dict[str, int] = {}
+    """Members that pruning has left in groups of the extractor (`models/groups.py`); the fusion's stand in `fusion`."""
+
+    def region_dim(self, labels: Labels) -> int:
+        """Width of a region's feature."""
+        width = self.tee.region_dim(len(labels.classes), len(labels.attributes))
+        return self.widths.get("box.2", width) if self.tee.region_feature == "hidden" else width
 
 
 class Rung(Frozen):

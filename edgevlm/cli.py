@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at datasets before training on them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+compare_app = typer.Typer(help="Set ways of doing a step side by side.", no_args_is_help=True)
+app.add_typer(compare_app, name="compare")
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
@@ -275,6 +277,32 @@ def check_data(
         checking.render(report, console)
     if not report.ok:
         raise typer.Exit(1)
+
+
+@compare_app.command("prune")
+def compare_prune(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run (up to `distil` at least).")],
+    keep: Annotated[list[float] | None, typer.Option(help="Share to keep, 0..1; repeat for several.")] = None,
+    way: Annotated[list[str] | None, typer.Option(help="Repeat for several; default: all.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions with other draws.")] = 3,
+    target: Annotated[list[str] | None, typer.Option(help="Where latency is measured; default: onnx.")] = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Prune a run's student by learned gates and by the baselines, at equal budgets; resumable."""
+    from dataclasses import asdict
+
+    from edgevlm import compare
+    from edgevlm.progress import ConsoleReporter
+
+    settings = {"ways": way, "keeps": keep, "targets": target}
+    chosen = {name: tuple(values) for name, values in settings.items() if values}
+    found = compare.compare_prune(run, seeds=seeds, data_path=data, reporter=ConsoleReporter(), **chosen)  # pyright: ignore
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        compare.print_comparison(found, console)
+        console.print(f"[dim]also {run / 'compare' / 'prune.md'} and prune.png[/]")
 
 
 @app.command()

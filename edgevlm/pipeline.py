@@ -134,7 +134,7 @@ def run(
             if not main and not shared:
                 continue
             agreed, meet = (processes.from_main, processes.barrier) if shared else (_alone, lambda: None)
-            if agreed(_done(folder, keys[stage.name])):
+            if agreed(is_done(folder, keys[stage.name])):
                 reporter.say(f"{label}: done before")
                 continue
             reporter.say(f"{label} ...")
@@ -153,7 +153,8 @@ def run(
     return folders
 
 
-def _done(folder: Path, key: str) -> bool:
+def is_done(folder: Path, key: str) -> bool:
+    """Whether the folder holds the whole artifact with this key."""
     try:
         return json.loads((folder / MANIFEST).read_bytes())["provenance"]["key"] == key
     except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, ValueError):
@@ -196,7 +197,7 @@ def _open_partial(job: Job) -> bool:
     """
     partial, key = job.out_dir, job.provenance.key
     key_file = partial / ".key"
-    if _done(partial, key):
+    if is_done(partial, key):
         return True
     if not key_file.is_file() or key_file.read_text() != key:
         shutil.rmtree(partial, ignore_errors=True)

@@ -239,7 +239,13 @@ class PairsSection(FineTuneSection):
 
 class PruneSection(TrainSection):
     sparsity: float = Field(0.4, gt=0, lt=1)
-    """Share of the prunable fusion parameters to remove."""
+    """Share to remove of what can be removed of the fusion: heads and FFN neurons."""
+    measure: Literal["parameters", "macs"] = "parameters"
+    """What that is a share of: parameters, or multiply-adds of an untrimmed question."""
+    method: Literal["gates", "gradient", "modality", "magnitude"] = "gates"
+    """How the structure is chosen: learned gates, or one of the baselines (`compress/structure.py`)."""
+    seed: int = Field(0, ge=0)
+    """Another one repeats the stage with other draws; everything before it stays."""
     ramp: float = Field(0.5, gt=0, le=1)
     """Share of the pruning steps over which the target rises from 0; one ramp for the whole run."""
     gate_lr: float = Field(0.1, gt=0)

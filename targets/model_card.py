@@ -16,7 +16,7 @@ def model_card(bundle: Bundle) -> str:
         "## What it takes and gives",
         "",
         f"* `encode_image`: `image` uint8 (1, {spec.height}, {spec.width}, 3) RGB -> `features` (1, {regions}, "
-        f"{bundle.model.tee.region_dim(len(labels.classes), len(labels.attributes))}), `boxes` (1, {regions}, 4) corners 0..1, `scores` (1, {regions}).",
+        f"{bundle.model.region_dim(labels)}), `boxes` (1, {regions}, 4) corners 0..1, `scores` (1, {regions}).",
         f"* `answer_<rung>`: those and `input_ids` int32 (1, {bundle.tokenizer.max_tokens}) -> `logits` "
         f"(1, {len(bundle.labels.answers)}), `looked_at` (1, {regions}).",
         "* Resizing is the app's (`preprocess.json`); scaling and normalisation are in the graph. Encode an image once, "

@@ -1,23 +1,132 @@
-"""What a model costs: parameters and multiply-adds of the fusion, by formula."""
+"""What a model costs, as a sum of terms that shrink with the groups they belong to: parameters and multiply-adds."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
 
 from edgevlm.artifacts import FusionConfig
 from edgevlm.models.geometry import box_numbers
+from edgevlm.models.groups import Group
+from edgevlm.models.vlm import VLM
+
+Measure = Literal["parameters", "macs"]
 
 
-def head_parameters(hidden: int, head_dim: int) -> int:
-    """Query, key, value with biases, and the output's columns, of one attention head."""
-    return 4 * hidden * head_dim + 3 * head_dim
+class Term(NamedTuple):
+    """A part of the cost, in proportion to the members that each of `groups` has left."""
+
+    cost: float
+    groups: tuple[str, ...]
 
 
-def neuron_parameters(hidden: int) -> int:
-    """One FFN neuron: a row in, its bias, a column out."""
-    return 2 * hidden + 1
+class CostModel(NamedTuple):
+    """The cost of a model for any number of members in its groups; exact for whole members."""
+
+    terms: tuple[Term, ...]
+    sizes: dict[str, int]
+
+    def of(self, members: Mapping[str, Any]) -> Any:
+        """The cost with so many members (numbers or tensors) left in each group; those not named are whole."""
+        total: Any = 0.0
+        for term in self.terms:
+            share: Any = term.cost
+            for name in term.groups:
+                share = share * (members.get(name, self.sizes[name]) / self.sizes[name])
+            total = total + share
+        return total
+
+    @property
+    def whole(self) -> float:
+        """With all members."""
+        return sum(term.cost for term in self.terms)
+
+    def only(self, names: Iterable[str]) -> "CostModel":
+        """The terms in which any of these groups has a part."""
+        chosen = set(names)
+        return CostModel(tuple(term for term in self.terms if chosen & set(term.groups)), self.sizes)
+
+
+def cost_model(model: VLM, groups: Sequence[Group], measure: Measure, num_words: int) -> CostModel:
+    """Parameters, or multiply-adds of one image and one question of `num_words` tokens, none of them trimmed.
+
+    As in published figures, biases, norms and activations cost no multiply-adds, nor do RoIAlign and NMS. The word
+    table and whatever else no group touches are terms without groups.
+    """
+    rows: dict[str, list[str]] = {}
+    columns: dict[str, list[tuple[str, int]]] = {}
+    for group in groups:
+        for part in group.slices:
+            if part.axis == "in":
+                columns.setdefault(part.module, []).append((group.name, group.size * part.repeat))
+            else:
+                rows.setdefault(part.module, []).append(group.name)
+    positions = _positions(model, num_words) if measure == "macs" else {}
+    terms: list[Term] = []
+    for path, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if not own or (measure == "macs" and path not in positions):
+            continue
+        out = tuple(rows.get(path, ()))
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            if measure == "parameters":
+                terms.append(Term(sum(p.numel() for p in own.values()), out))
+            continue
+        weight, factor = module.weight, positions.get(path, 1)
+        if measure == "parameters" and module.bias is not None:
+            terms.append(Term(module.bias.numel(), out))
+        left = weight.shape[1]
+        for name, width in columns.get(path, ()):
+            terms.append(Term(factor * weight.numel() * width / weight.shape[1], (*out, name)))
+            left -= width
+        if left:
+            terms.append(Term(factor * weight.numel() * left / weight.shape[1], out))
+    if measure == "macs":
+        for i, layer in enumerate(model.fusion.layers):
+            tokens = positions[f"fusion.layers.{i}.attention.query"]
+            inner = layer.attention.num_heads * layer.attention.head_dim  # pyright: ignore
+            name = f"heads.{i}"
+            known = (name,) if any(group.name == name for group in groups) else ()
+            terms.append(Term(float(2 * tokens * tokens * inner), known))
+    return CostModel(tuple(terms), {group.name: group.size for group in groups})
+
+
+@torch.no_grad()
+def _positions(model: VLM, num_words: int) -> dict[str, int]:
+    """How often one image and one question apply each convolution (per pixel of its map) and linear layer (per row)."""
+    counts: dict[str, int] = {}
+
+    def note(path: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            width = output.shape[1] if output.dim() == 4 else output.shape[-1]
+            counts[path] = counts.get(path, 0) + output.numel() // width
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(note(path))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    training = model.training
+    model.eval()
+    try:
+        device = model.tee.anchors.device
+        regions = model.encode(torch.zeros(1, 3, *model.tee.image_size, device=device))
+        ids = torch.full((1, num_words), model.fusion.pad_id, dtype=torch.long, device=device)
+        model.answer(regions, ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    return counts
 
 
 def prunable_parameters(config: FusionConfig) -> int:
-    """Parameters that gates can remove: heads and neurons (biases of the outputs and norms stay)."""
-    heads = sum(config.layer_heads) * head_parameters(config.hidden, config.head_dim)
-    return heads + sum(config.layer_ffn) * neuron_parameters(config.hidden)
+    """By formula, the parameters of heads (query, key, value with biases, columns of the output) and FFN neurons."""
+    head, neuron = 4 * config.hidden * config.head_dim + 3 * config.head_dim, 2 * config.hidden + 1
+    return sum(config.layer_heads) * head + sum(config.layer_ffn) * neuron
 
 
 def fusion_macs(config: FusionConfig, num_words: int, num_regions: int, num_keep: int, region_dim: int) -> int:

@@ -13,7 +13,6 @@ from edgevlm.errors import CheckpointError, RecipeError
 from edgevlm.job import Job
 from edgevlm.models import vlm
 from edgevlm.models.fusion import FusionOutput
-from edgevlm.models.gates import LayerGates
 from edgevlm.models.vlm import VLM
 from edgevlm.recipe import DistilSection, PruneSection
 from edgevlm.tasks import answers as task
@@ -69,7 +68,7 @@ def logit_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 class DistilObjective(nn.Module):
-    """Task loss + distillation (+ referred regions); `gates` multiply the student while it is pruned."""
+    """Task loss + distillation (+ referred regions)."""
 
     def __init__(
         self, student: VLM, teacher: VLM, section: DistilSection | PruneSection, referred_weight: float
@@ -81,11 +80,11 @@ class DistilObjective(nn.Module):
         self._teacher = [teacher.eval().requires_grad_(False)]  # a list: not a submodule, so not in snapshots
         freeze_extractor(student)
 
-    def forward(self, batch: AnswerBatch, gates: list[LayerGates] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: AnswerBatch) -> tuple[Tensor, dict[str, Tensor]]:
         teacher = self._teacher[0].to(batch.input_ids.device)
         with torch.no_grad():
             target = teacher.answer(batch.regions, batch.input_ids)
-        answer = self.student.answer(batch.regions, batch.input_ids, gates=gates)
+        answer = self.student.answer(batch.regions, batch.input_ids)
         imitation = self.distiller(answer.logits_BA, answer.fusion, target.logits_BA, target.fusion)
         truth = batch.answers, batch.targets
         task_loss = task.loss(answer.logits_BA, *truth)

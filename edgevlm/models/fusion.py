@@ -1,7 +1,7 @@
 """The compact fusion transformer: [CLS] words [SEP] regions through post-norm BERT layers (MiniVLM, section 3).
 
 Masks are additive and built outside the layers (-1e4, not -inf: a fully masked row must not become NaN), attention
-is spelt out so that heads can be gated and maps distilled. Heads and FFN widths may differ in every layer.
+is spelt out so that maps can be distilled. Heads and FFN widths may differ in every layer.
 """
 
 from dataclasses import dataclass, field
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm.artifacts import FusionConfig, TokenizerSpec
-from edgevlm.models.gates import LayerGates
 from edgevlm.models.geometry import BoxGeometry, box_numbers
 from edgevlm.models.regions import take
 from edgevlm.models.trimmer import TokenTrimmer, straight_through_keep
@@ -45,9 +44,7 @@ class Attention(nn.Module):
         self.value = nn.Linear(hidden, inner)
         self.output = nn.Linear(inner, hidden)
 
-    def forward(
-        self, x_BTD: Tensor, mask_B11T: Tensor, gates_H: Tensor | None, keep_BT: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, mask_B11T: Tensor, keep_BT: Tensor | None) -> tuple[Tensor, Tensor]:
         def heads(y: Tensor) -> Tensor:
             return y.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
@@ -58,8 +55,6 @@ class Attention(nn.Module):
             attention = attention * keep_BT[:, None, None, :]
             attention = attention / attention.sum(-1, keepdim=True).clamp(min=1e-9)
         context = torch.matmul(attention, v)
-        if gates_H is not None:
-            context = context * gates_H.view(1, -1, 1, 1)
         return self.output(context.transpose(1, 2).flatten(2)), attention
 
 
@@ -75,14 +70,10 @@ class Layer(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.hidden, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x_BTD: Tensor, mask_B11T: Tensor, gates: LayerGates | None = None, keep_BT: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        y, attention = self.attention(x_BTD, mask_B11T, gates.heads if gates else None, keep_BT)
+    def forward(self, x_BTD: Tensor, mask_B11T: Tensor, keep_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, attention = self.attention(x_BTD, mask_B11T, keep_BT)
         x_BTD = self.attention_norm(x_BTD + self.dropout(y))
         neurons = nn.functional.gelu(self.ffn_in(x_BTD))
-        if gates is not None:
-            neurons = neurons * gates.neurons
         return self.ffn_norm(x_BTD + self.dropout(self.ffn_out(neurons))), attention
 
 
@@ -137,7 +128,6 @@ class Fusion(nn.Module):
         input_ids_BL: Tensor,
         *,
         num_keep: int | None = None,
-        gates: list[LayerGates] | None = None,
         trim_temperature: float | None = None,
         num_caption: int | None = None,
         seq2seq: bool = False,
@@ -149,7 +139,6 @@ class Fusion(nn.Module):
             valid_BN: 1.0 where the region counts, 0.0 where it is padding.
             input_ids_BL: token ids.
             num_keep: region tokens kept after the trimming layer; None = all.
-            gates: multipliers per layer while pruning.
             trim_temperature: if given, trimming masks tokens (differentiably) instead of removing them.
             num_caption: words of the caption; the other words are tags. None = all words.
             seq2seq: a caption word sees the caption up to itself, and tags and regions see no caption (for generation).
@@ -173,7 +162,7 @@ class Fusion(nn.Module):
         kept_index, keep, trim_scores = None, None, None
         hidden, attentions = [x], []
         for i, layer in enumerate(self.layers):
-            x, attention = layer(x, mask, gates[i] if gates else None, keep)
+            x, attention = layer(x, mask, keep)
             hidden.append(x)
             attentions.append(attention)
             if trimming and i == self.config.trim_after and self.trimmer is not None and num_keep is not None:

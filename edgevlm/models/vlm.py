@@ -11,7 +11,7 @@ from edgevlm.artifacts import WEIGHTS, Checkpoint, Labels, ModelConfig, Preproce
 from edgevlm.errors import CheckpointError
 from edgevlm.manifests import read_manifest
 from edgevlm.models.fusion import Fusion, FusionOutput
-from edgevlm.models.gates import LayerGates
+from edgevlm.models.groups import cut, groups_of
 from edgevlm.models.heads import AnswerHead, LinearAnswerHead, PairHead, WordHead
 from edgevlm.models.tee import TEE, Regions
 
@@ -38,6 +38,9 @@ class VLM(nn.Module):
         self.word_head = WordHead(hidden, tokenizer.vocab_size) if "words" in config.heads else None
         self.match_head = nn.Linear(hidden, 2) if "match" in config.heads else None
         self.pair_head = PairHead(hidden, num_answers, dropout=dropout) if "pair" in config.heads else None
+        for group in groups_of(self, ("vision",)) if config.widths else ():
+            if group.name in config.widths:
+                cut(self, group, range(config.widths[group.name]))
 
     def encode(self, pixels_BCHW: Tensor) -> Regions:
         """Regions of images given as (B, 3, H, W) float, 0..255."""
@@ -49,11 +52,10 @@ class VLM(nn.Module):
         input_ids_BL: Tensor,
         *,
         num_keep: int | None = None,
-        gates: list[LayerGates] | None = None,
         trim_temperature: float | None = None,
     ) -> Answer:
         """Answer logits for questions about already encoded images (row i asks about image i)."""
-        output = self.fuse(regions, input_ids_BL, num_keep=num_keep, gates=gates, trim_temperature=trim_temperature)
+        output = self.fuse(regions, input_ids_BL, num_keep=num_keep, trim_temperature=trim_temperature)
         return Answer(self.head(output.pooled_BD), output)
 
     def fuse(self, regions: Regions, input_ids_BL: Tensor, **settings: Any) -> FusionOutput:

@@ -71,7 +71,7 @@ def test_attention_matches_pytorch() -> None:
     x = torch.randn(2, 9, 32)
     mask = torch.zeros(2, 1, 1, 9)
     mask[:, :, :, 7:] = -1e4
-    ours, _ = layer(x, mask, None, None)
+    ours, _ = layer(x, mask, None)
     q, k, v = (
         f(x).unflatten(-1, (layer.num_heads, layer.head_dim)).transpose(1, 2)
         for f in (layer.query, layer.key, layer.value)

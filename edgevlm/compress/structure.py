@@ -1,0 +1,265 @@
+"""Four ways to choose what stays of a model: learned gates, and the baselines that they must beat.
+
+| method | |
+|---|---|
+| `gates` | EfficientVLM's: hard-concrete gates on everything under one Lagrangian; the split between groups is learned |
+| `gradient` | after UPop: plain gates; the sum of |gradient| ranks heads and neurons, standardised by kind; progressive |
+| `modality` | every part (vision, fusion) loses the same share of its cost; within it, one ranking of weights' norms by kind |
+| `magnitude` | every group loses the same share of its members, those with the smallest weights |
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgevlm.compress.cost import CostModel
+from edgevlm.compress.distil import DistilObjective
+from edgevlm.compress.shrink import Kept, fill_budget, masks
+from edgevlm.job import Job
+from edgevlm.models.gates import Gates, gated
+from edgevlm.models.groups import Group
+from edgevlm.models.vlm import VLM
+from edgevlm.recipe import PruneSection
+from edgevlm.train.answering import fit_answers
+from edgevlm.train.loop import parameter_groups
+from edgevlm.train.regions import AnswerBatch
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """One model on its way to a budget."""
+
+    job: Job
+    section: PruneSection
+    student: VLM
+    inner: DistilObjective
+    groups: tuple[Group, ...]
+    cost: CostModel
+    """Of what can be removed."""
+    seed: int
+
+    @property
+    def budget(self) -> float:
+        """What may stay, in the unit of `cost`."""
+        return self.cost.whole * (1 - self.section.sparsity)
+
+    def fill(self, wanted: Callable[[float], dict[str, float]], scores: dict[str, Tensor], budget: float) -> Kept:
+        """See `fill_budget`."""
+        return fill_budget(self.groups, self.cost, budget, self.section.round_to, wanted, scores)
+
+
+def target_sparsity(step: int, steps: int, ramp: float, final: float) -> float:
+    """Linear rise from 0 to `final` over the first `ramp` of the steps, then constant: one counter, never restarted."""
+    return final * min(1.0, (step + 1) / max(1.0, ramp * steps))
+
+
+# --- learned gates -----------------------------------------------------------------------------------------------
+
+
+class PruneObjective(nn.Module):
+    """Distillation loss of the gated student + l1 (s - t) + l2 (s - t)^2, with s the expected and t the target sparsity.
+
+    The multipliers l1, l2 ascend while everything else descends.
+    """
+
+    def __init__(self, inner: DistilObjective, gates: Gates, cost: CostModel) -> None:
+        super().__init__()
+        self.inner, self.gates, self.cost = inner, gates, cost
+        self.multipliers = nn.Parameter(torch.zeros(2))
+        self.target = 0.0
+
+    def forward(self, batch: AnswerBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        with gated(self.inner.student, self.gates.groups, self.gates.sample()):
+            loss, logs = self.inner(batch)
+        sparsity = 1 - self.cost.of(self.gates.expected()) / self.cost.whole
+        gap = sparsity - self.target
+        loss = loss + self.multipliers[0] * gap + self.multipliers[1] * gap * gap
+        return loss, {**logs, "sparsity": sparsity.detach(), "target": torch.tensor(self.target)}
+
+
+def choose_by_gates(gates: Gates, fill: Callable[..., Kept], budget: float) -> Kept:
+    """The structure that the gates have learned.
+
+    A short run may end before the Lagrangian has met its target. All gates are therefore shifted together until the
+    likeliest members fill the budget; what was learned, their order and the split between groups, stays.
+    """
+
+    @torch.no_grad()
+    def wanted(shift: float) -> dict[str, float]:
+        return {name: number.item() for name, number in gates.expected(shift).items()}
+
+    return fill(wanted, {group.name: gates[group.name].log_alpha for group in gates.groups}, budget)
+
+
+def by_gates(pruning: Pruning) -> Kept:
+    """Train gates and weights together towards the budget."""
+    section = pruning.section
+    objective = PruneObjective(pruning.inner, Gates(pruning.groups), pruning.cost)
+
+    def before_step(step: int) -> None:
+        objective.target = target_sparsity(step, section.steps, section.ramp, section.sparsity)
+
+    optimised = [
+        *parameter_groups(pruning.inner, section.lr, section.weight_decay),
+        {"params": list(objective.gates.parameters()), "lr": section.gate_lr, "weight_decay": 0.0},
+        {"params": [objective.multipliers], "lr": section.gate_lr, "weight_decay": 0.0, "maximize": True},
+    ]
+    fit_answers(
+        objective,
+        pruning.student,
+        pruning.job,
+        section,
+        what="prune",
+        seed=pruning.seed,
+        groups=optimised,
+        before_step=before_step,
+        after_step=lambda _: objective.gates.clamp_(),
+    )
+    return choose_by_gates(objective.gates, pruning.fill, pruning.budget)
+
+
+# --- baselines ---------------------------------------------------------------------------------------------------
+
+
+class GradientObjective(nn.Module):
+    """Distillation loss of the student with what the accumulated gradients have closed so far."""
+
+    def __init__(self, pruning: Pruning) -> None:
+        super().__init__()
+        self.inner, self._pruning = pruning.inner, [pruning]  # a list: not part of the module
+        self.values = nn.ParameterDict({_key(g): nn.Parameter(torch.ones(g.size)) for g in pruning.groups})
+        for group in pruning.groups:
+            self.register_buffer(f"sum_{_key(group)}", torch.zeros(group.size))
+            self.register_buffer(f"open_{_key(group)}", torch.ones(group.size))
+
+    def forward(self, batch: AnswerBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        groups = self._pruning[0].groups
+        # The value is 0 or 1, and its gradient is that of a gate, open or closed: a closed one may come back.
+        values = {
+            g.name: self.get_buffer(f"open_{_key(g)}") + self.values[_key(g)] - self.values[_key(g)].detach()
+            for g in groups
+        }
+        with gated(self.inner.student, groups, values):
+            return self.inner(batch)
+
+    @torch.no_grad()
+    def accumulate(self, step: int) -> None:
+        """Add up the gradients of the last step and close what the ramp asks for now."""
+        pruning = self._pruning[0]
+        for group in pruning.groups:
+            value = self.values[_key(group)]
+            if value.grad is not None:
+                self.get_buffer(f"sum_{_key(group)}").add_(value.grad.abs())
+                value.grad = None
+        section = pruning.section
+        sparsity = target_sparsity(step, section.steps, section.ramp, section.sparsity)
+        for name, mask in masks(pruning.groups, self.choose(pruning.cost.whole * (1 - sparsity))).items():
+            self.get_buffer(f"open_{name.replace('.', '_')}").copy_(mask)
+
+    def choose(self, budget: float) -> Kept:
+        """The structure at a budget."""
+        pruning = self._pruning[0]
+        sums = {g.name: self.get_buffer(f"sum_{_key(g)}").cpu() for g in pruning.groups}
+        return by_threshold(pruning, standardised(sums), budget)
+
+
+def by_gradient(pruning: Pruning) -> Kept:
+    """Train, add up the gates' gradients, and close step by step what has least of them (UPop, section 3)."""
+    section, objective = pruning.section, GradientObjective(pruning)
+    optimised = parameter_groups(pruning.inner, section.lr, section.weight_decay)
+    fit_answers(
+        objective,
+        pruning.student,
+        pruning.job,
+        section,
+        what="prune",
+        seed=pruning.seed,
+        groups=optimised,
+        after_step=objective.accumulate,
+    )
+    return objective.choose(pruning.budget)
+
+
+def by_modality(pruning: Pruning) -> Kept:
+    """One ranking within each part, each at the same share of its own cost."""
+    scores = standardised(magnitudes(pruning.student, pruning.groups))
+    kept: Kept = {}
+    for part in sorted({group.part for group in pruning.groups}):
+        names = {group.name for group in pruning.groups if group.part == part}
+        whole = pruning.cost.only(names)
+        own = Pruning(
+            pruning.job,
+            pruning.section,
+            pruning.student,
+            pruning.inner,
+            tuple(group for group in pruning.groups if group.part == part),
+            whole,
+            pruning.seed,
+        )
+        kept |= by_threshold(own, {name: scores[name] for name in names}, own.budget)
+    return kept
+
+
+def by_magnitude(pruning: Pruning) -> Kept:
+    """The same share of every group."""
+
+    def wanted(level: float) -> dict[str, float]:
+        share = torch.sigmoid(torch.tensor(level)).item()
+        return {group.name: share * group.size for group in pruning.groups}
+
+    return pruning.fill(wanted, magnitudes(pruning.student, pruning.groups), pruning.budget)
+
+
+METHODS: dict[str, Callable[[Pruning], Kept]] = {
+    "gates": by_gates,
+    "gradient": by_gradient,
+    "modality": by_modality,
+    "magnitude": by_magnitude,
+}
+TRAINED = ("gates", "gradient")
+"""These train while they choose; the others spend the same steps on recovering."""
+
+
+def by_threshold(pruning: Pruning, scores: dict[str, Tensor], budget: float) -> Kept:
+    """One threshold for the scores of all groups."""
+
+    def wanted(level: float) -> dict[str, float]:
+        return {name: float((score >= -level).sum()) for name, score in scores.items()}
+
+    return pruning.fill(wanted, scores, budget)
+
+
+@torch.no_grad()
+def magnitudes(model: VLM, groups: tuple[Group, ...]) -> dict[str, Tensor]:
+    """Root of the mean square of all weights that go with a member: group -> (size,)."""
+    found = {}
+    for group in groups:
+        squares, count = torch.zeros(group.size), 0
+        for part in group.slices:
+            weight: Tensor = model.get_submodule(part.module).weight  # pyright: ignore
+            if weight.dim() == 1:
+                continue  # a norm's scale is of another kind
+            rows = weight.transpose(0, 1) if part.axis == "in" else weight
+            own = rows[: group.size * part.repeat].reshape(group.size, -1).cpu().double()
+            squares, count = squares + own.square().sum(1), count + own.shape[1]
+        found[group.name] = (squares / max(1, count)).sqrt().float()
+    return found
+
+
+def standardised(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scores with mean 0 and deviation 1 over all groups of a kind, so that kinds can be ranked together."""
+    kinds: dict[str, list[str]] = {}
+    for name in scores:
+        kinds.setdefault(name.partition(".")[0], []).append(name)
+    found = {}
+    for names in kinds.values():
+        values = torch.cat([scores[name] for name in names])
+        deviation = values.std(unbiased=False).clamp(min=1e-12)
+        found |= {name: (scores[name] - values.mean()) / deviation for name in names}
+    return found
+
+
+def _key(group: Group) -> str:
+    return group.name.replace(".", "_")

@@ -1,0 +1,245 @@
+"""What can be cut out of a model: groups of channels, units and heads, and every weight that goes with a member.
+
+Where a group's gate is 0 at all its `points`, that member contributes exactly nothing, so cutting it out of all its
+`slices` leaves the outputs as they are. Groups are found on the built modules; any timm trunk of EfficientNet blocks fits.
+
+| group | members | where the gate stands |
+|---|---|---|
+| `trunk.<stage>.<block>` | expanded channels of an MBConv or fused MBConv; output channels of a plain convolution | behind the (depthwise) convolution's norm and activation, before squeeze-excite: a gate further up would not be exact, for the norm's bias revives the channel |
+| `fpn` | channels of all BiFPN maps together | behind every norm that writes a map |
+| `box.1`, `box.2` | units of the box head; those of `box.2` are the region feature | before the ReLU |
+| `heads.<layer>`, `neurons.<layer>` | attention heads and FFN neurons of the fusion | before the output projection, behind the activation |
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from edgevlm.models._torchvision import ensure_importable
+
+ensure_importable()
+
+from effdet.efficientdet import Fnode, ResampleFeatureMap  # noqa: E402
+from timm.models._efficientnet_blocks import ConvBnAct, EdgeResidual, InvertedResidual  # noqa: E402
+
+Part = Literal["vision", "fusion"]
+
+
+class Point(NamedTuple):
+    """Where a gate multiplies: channels of maps (B, C, H, W), else the last axis."""
+
+    module: str
+    side: Literal["input", "output"] = "output"
+    repeat: int = 1
+    """Neighbouring values per member (an attention head has `head_dim`)."""
+
+
+class Slice(NamedTuple):
+    """An axis of a module's weights that loses a member's rows or columns; `both`: norms and depthwise convolutions."""
+
+    module: str
+    axis: Literal["out", "in", "both"]
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """Members that are gated, and removed, one by one."""
+
+    name: str
+    part: Part
+    size: int
+    points: tuple[Point, ...]
+    slices: tuple[Slice, ...]
+
+
+def groups_of(model: nn.Module, parts: Sequence[Part] = ("vision", "fusion")) -> list[Group]:
+    """The groups of a `VLM`, from the pixels to the answer."""
+    found: list[Group] = []
+    if "vision" in parts:
+        found += [*_trunk_and_fpn(model.tee), *_box_head(model)]  # pyright: ignore
+    if "fusion" in parts:
+        found += _fusion(model.fusion)  # pyright: ignore
+    return found
+
+
+# --- the extractor -----------------------------------------------------------------------------------------------
+
+
+def _trunk_and_fpn(tee: Any) -> Iterator[Group]:
+    blocks = [
+        (f"{i}.{j}", f"tee.trunk.blocks.{i}.{j}", block)
+        for i, stage in enumerate(tee.trunk.blocks)
+        for j, block in enumerate(stage)
+    ]
+    fpn_points, fpn_slices = _fpn(tee)
+    size: Any
+    for at, (place, name, block) in enumerate(blocks):
+        squeeze = []
+        if getattr(block, "se", None) is not None and not isinstance(block.se, nn.Identity):
+            squeeze = [Slice(f"{name}.se.conv_reduce", "in"), Slice(f"{name}.se.conv_expand", "out")]
+        if isinstance(block, InvertedResidual):
+            slices = [Slice(f"{name}.conv_pw", "out"), Slice(f"{name}.bn1", "both"), Slice(f"{name}.conv_dw", "both")]
+            slices += [Slice(f"{name}.bn2", "both"), *squeeze, Slice(f"{name}.conv_pwl", "in")]
+            points = [Point(f"{name}.bn2")]
+            size = block.conv_dw.out_channels
+        elif isinstance(block, EdgeResidual):
+            slices = [Slice(f"{name}.conv_exp", "out"), Slice(f"{name}.bn1", "both"), *squeeze]
+            slices += [Slice(f"{name}.conv_pwl", "in")]
+            points = [Point(f"{name}.bn1")]
+            size = block.conv_exp.out_channels
+        elif isinstance(block, ConvBnAct) and (readers := _readers(tee, blocks, at)) is not None:
+            points = [Point(name)]
+            slices = [Slice(f"{name}.conv", "out"), Slice(f"{name}.bn1", "both"), *readers.slices]
+            size = block.conv.out_channels
+            if readers.is_fpn_map:  # the map enters the BiFPN as it is: its channels are the BiFPN's
+                fpn_points, fpn_slices = [*fpn_points, *points], [*fpn_slices, *slices]
+                continue
+        else:
+            continue
+        yield Group(f"trunk.{place}", "vision", size, tuple(points), tuple(slices))
+    width: int = tee.rpn.objectness.in_channels
+    yield Group("fpn", "vision", width, tuple(fpn_points), tuple(fpn_slices))
+
+
+class _Readers(NamedTuple):
+    """Who reads a block's output."""
+
+    slices: list[Slice]
+    is_fpn_map: bool
+
+
+def _readers(tee: Any, blocks: list[tuple[str, str, nn.Module]], at: int) -> _Readers | None:
+    """None if a channel cannot be taken away: a skip connection carries it on, or a depthwise convolution begins."""
+    stage, _ = map(int, blocks[at][0].split("."))
+    if blocks[at][2].has_skip:
+        return None
+    slices: list[Slice] = []
+    if at + 1 < len(blocks):
+        _, name, block = blocks[at + 1]
+        first = {ConvBnAct: "conv", EdgeResidual: "conv_exp", InvertedResidual: "conv_pw"}.get(type(block))  # pyright: ignore
+        if first is None or block.has_skip:
+            return None
+        slices.append(Slice(f"{name}.{first}", "in"))
+    last_of_stage = at + 1 == len(blocks) or not blocks[at + 1][0].startswith(f"{stage}.")
+    stages = sorted(tee.trunk._stage_out_idx)
+    if not last_of_stage or stage + 1 not in stages:
+        return _Readers(slices, False)
+    number = stages.index(stage + 1)
+    laterals = [
+        (f"tee.bifpn.cell.0.fnode.{i}.combine.resample.{number}", node.combine.resample[str(number)])
+        for i, node in enumerate(tee.bifpn.cell[0].fnode)
+        if str(number) in node.combine.resample
+    ]
+    if number + 1 == len(stages):  # a coarser level is made from the last map
+        laterals += [(f"tee.bifpn.resample.{key}", m) for key, m in list(tee.bifpn.resample.items())[:1]]
+    convs = [(name, "conv" in resample._modules) for name, resample in laterals]
+    slices += [Slice(f"{name}.conv.conv", "in") for name, has_conv in convs if has_conv]
+    return _Readers(slices, not all(has_conv for _, has_conv in convs))
+
+
+def _fpn(tee: Any) -> tuple[list[Point], list[Slice]]:
+    points, slices = [], []
+    for path, module in tee.bifpn.named_modules():
+        name = f"tee.bifpn.{path}"
+        if isinstance(module, ResampleFeatureMap) and "conv" in module._modules:
+            points.append(Point(f"{name}.conv"))
+            slices += [Slice(f"{name}.conv.conv", "out"), Slice(f"{name}.conv.bn", "both")]
+        elif isinstance(module, Fnode):
+            points.append(Point(f"{name}.after_combine"))
+            conv = f"{name}.after_combine.conv"
+            slices += [
+                Slice(f"{conv}.conv_dw", "both"),
+                Slice(f"{conv}.conv_pw", "out"),
+                Slice(f"{conv}.conv_pw", "in"),
+            ]
+            slices.append(Slice(f"{conv}.bn", "both"))
+    cells = tee.config.roi_size**2
+    slices += [Slice("tee.rpn.objectness", "in"), Slice("tee.rpn.deltas", "in"), Slice("tee.box_head.fc1", "in", cells)]
+    if tee.attribute_head is not None:
+        slices.append(Slice("tee.attribute_head.fc1", "in", cells))
+    return points, slices
+
+
+def _box_head(model: Any) -> Iterator[Group]:
+    tee, head = model.tee, "tee.box_head"
+    slices = (Slice(f"{head}.fc1", "out"), Slice(f"{head}.fc2", "in"))
+    yield Group("box.1", "vision", tee.box_head.fc1.out_features, (Point(f"{head}.fc1"),), slices)
+    slices = (Slice(f"{head}.fc2", "out"), Slice(f"{head}.classes", "in"), Slice(f"{head}.deltas", "in"))
+    if tee.box_head.attributes is not None:
+        slices = (*slices, Slice(f"{head}.attributes", "in"))
+    if tee.config.region_feature == "hidden":
+        slices = (*slices, Slice("fusion.region", "in"))
+    yield Group("box.2", "vision", tee.box_head.fc2.out_features, (Point(f"{head}.fc2"),), slices)
+
+
+# --- the fusion --------------------------------------------------------------------------------------------------
+
+
+def _fusion(fusion: Any) -> Iterator[Group]:
+    for i, layer in enumerate(fusion.layers):
+        name, width = f"fusion.layers.{i}.attention", layer.attention.head_dim
+        slices = [Slice(f"{name}.{part}", "out", width) for part in ("query", "key", "value")]
+        slices.append(Slice(f"{name}.output", "in", width))
+        point = Point(f"{name}.output", "input", width)
+        yield Group(f"heads.{i}", "fusion", layer.attention.num_heads, (point,), tuple(slices))
+    for i, layer in enumerate(fusion.layers):
+        name = f"fusion.layers.{i}"
+        slices = (Slice(f"{name}.ffn_in", "out"), Slice(f"{name}.ffn_out", "in"))
+        point = Point(f"{name}.ffn_out", "input")
+        yield Group(f"neurons.{i}", "fusion", layer.ffn_in.out_features, (point,), slices)
+
+
+# --- cutting -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def cut(model: nn.Module, group: Group, kept: Sequence[int]) -> None:
+    """Remove all members but `kept` (sorted) from every weight of the group, in place.
+
+    Columns behind the group's own stay: the region feature is followed by the numbers of its box.
+    """
+    for part in group.slices:
+        module: Any = model.get_submodule(part.module)
+        index = torch.tensor(kept).repeat_interleave(part.repeat) * part.repeat
+        index = index + torch.arange(part.repeat).repeat(len(kept))
+        if part.axis in ("out", "both"):
+            _keep_rows(module, index)
+        if part.axis == "in":
+            rest = torch.arange(group.size * part.repeat, module.weight.shape[1])
+            _keep_columns(module, torch.cat([index, rest]))
+    if group.name.startswith("heads."):
+        attention: Any = model.get_submodule(group.slices[-1].module.rpartition(".")[0])
+        attention.num_heads = len(kept)
+    if group.name == "box.2" and model.tee.config.region_feature == "hidden":  # pyright: ignore
+        model.tee.region_dim = len(kept)  # pyright: ignore
+
+
+def _keep_rows(module: Any, index: Tensor) -> None:
+    index = index.to(module.weight.device)
+    for name in ("weight", "bias"):
+        value = getattr(module, name)
+        if value is not None:
+            setattr(module, name, nn.Parameter(value[index].clone(), requires_grad=value.requires_grad))
+    if isinstance(module, nn.Linear):
+        module.out_features = len(index)
+    elif isinstance(module, nn.Conv2d):
+        if module.groups > 1:  # depthwise: the inputs are the outputs
+            module.groups = module.in_channels = len(index)
+        module.out_channels = len(index)
+    else:  # a norm
+        module.running_mean, module.running_var = module.running_mean[index].clone(), module.running_var[index].clone()
+        module.num_features = len(index)
+
+
+def _keep_columns(module: Any, index: Tensor) -> None:
+    value = module.weight
+    weight = value[:, index.to(value.device)].clone()
+    module.weight = nn.Parameter(weight, requires_grad=value.requires_grad)
+    if isinstance(module, nn.Linear):
+        module.in_features = len(index)
+    else:
+        module.in_channels = len(index)
