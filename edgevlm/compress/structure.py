@@ -9,7 +9,8 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,11 @@ class Pruning:
     def fill(self, wanted: Callable[[float], dict[str, float]], scores: dict[str, Tensor], budget: float) -> Kept:
         """See `fill_budget`."""
         return fill_budget(self.groups, self.cost, budget, self.section.round_to, wanted, scores)
+
+    def fit(self, objective: nn.Module, optimised: list[dict[str, Any]], **hooks: Callable[[int], None]) -> None:
+        """Train while choosing; `optimised` and `hooks` as in `train.loop.fit`."""
+        settings: dict[str, Any] = {"what": "prune", "seed": self.seed, "groups": optimised, **hooks}
+        fit_answers(objective, self.student, self.job, self.section, **settings)
 
 
 def target_sparsity(step: int, steps: int, ramp: float, final: float) -> float:
@@ -106,17 +112,7 @@ def by_gates(pruning: Pruning) -> Kept:
         {"params": list(objective.gates.parameters()), "lr": section.gate_lr, "weight_decay": 0.0},
         {"params": [objective.multipliers], "lr": section.gate_lr, "weight_decay": 0.0, "maximize": True},
     ]
-    fit_answers(
-        objective,
-        pruning.student,
-        pruning.job,
-        section,
-        what="prune",
-        seed=pruning.seed,
-        groups=optimised,
-        before_step=before_step,
-        after_step=lambda _: objective.gates.clamp_(),
-    )
+    pruning.fit(objective, optimised, before_step=before_step, after_step=lambda _: objective.gates.clamp_())
     return choose_by_gates(objective.gates, pruning.fill, pruning.budget)
 
 
@@ -169,16 +165,7 @@ def by_gradient(pruning: Pruning) -> Kept:
     """Train, add up the gates' gradients, and close step by step what has least of them (UPop, section 3)."""
     section, objective = pruning.section, GradientObjective(pruning)
     optimised = parameter_groups(pruning.inner, section.lr, section.weight_decay)
-    fit_answers(
-        objective,
-        pruning.student,
-        pruning.job,
-        section,
-        what="prune",
-        seed=pruning.seed,
-        groups=optimised,
-        after_step=objective.accumulate,
-    )
+    pruning.fit(objective, optimised, after_step=objective.accumulate)
     return objective.choose(pruning.budget)
 
 
@@ -189,15 +176,7 @@ def by_modality(pruning: Pruning) -> Kept:
     for part in sorted({group.part for group in pruning.groups}):
         names = {group.name for group in pruning.groups if group.part == part}
         whole = pruning.cost.only(names)
-        own = Pruning(
-            pruning.job,
-            pruning.section,
-            pruning.student,
-            pruning.inner,
-            tuple(group for group in pruning.groups if group.part == part),
-            whole,
-            pruning.seed,
-        )
+        own = replace(pruning, groups=tuple(group for group in pruning.groups if group.part == part), cost=whole)
         kept |= by_threshold(own, {name: scores[name] for name in names}, own.budget)
     return kept
 
