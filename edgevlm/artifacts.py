@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 WEIGHTS = "model.safetensors"
 """Weights of a checkpoint."""
+STRUCTURE = "structure.json"
+"""What pruning kept, beside a pruned checkpoint."""
 VOCABULARY = "vocab.txt"
 """WordPiece vocabulary beside a checkpoint and in a bundle."""
 ENCODE = "encode_image"
@@ -266,6 +268,31 @@ class RegionCache(Artifact):
     extractor_hash: str
     """SHA-256 of the detector's weights."""
     num_images: dict[str, int]
+
+
+class GroupKept(Frozen):
+    """What pruning left of a group of channels, units or heads."""
+
+    part: str
+    """Of the model: vision or fusion."""
+    size: int
+    kept: int
+
+
+class Structure(Frozen):
+    """What pruning kept (`structure.json` beside a pruned checkpoint), and how training came to it."""
+
+    measure: str
+    """Unit of the cost."""
+    cost: float
+    """Of all that could be removed."""
+    asked: float
+    """Share of it that was to stay, 0..1."""
+    kept: float
+    """Share that stayed."""
+    groups: dict[str, GroupKept]
+    history: dict[int, dict[str, float]]
+    """Steps done -> group -> share of its members that were (expected to be) open; empty where nothing was trained."""
 
 
 class CalibrationSet(Artifact):

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from edgevlm.artifacts import PreprocessSpec
 
@@ -238,10 +238,19 @@ class PairsSection(FineTuneSection):
 
 
 class PruneSection(TrainSection):
+    parts: tuple[Literal["vision", "fusion"], ...] = ("fusion",)
+    """What is pruned: `fusion` (heads, FFN neurons), `vision` (the extractor's channels and units), or both under one
+    budget. With `vision` every step encodes images, and the regions are cached anew behind the stage."""
     sparsity: float = Field(0.4, gt=0, lt=1)
-    """Share to remove of what can be removed of the fusion: heads and FFN neurons."""
+    """Share to remove of what can be removed of these parts."""
     measure: Literal["parameters", "macs"] = "parameters"
-    """What that is a share of: parameters, or multiply-adds of an untrimmed question."""
+    """What that is a share of: parameters, or multiply-adds of an image (with `vision`) and an untrimmed question."""
+    images_per_step: int = Field(16, gt=0)
+    """With `vision`: images in a step; the questions of `batch_size` are spread over them."""
+    num_images: int | None = Field(None, gt=0)
+    """With `vision`: training images at most; None = all of `data.num_train`. They are held in memory."""
+    extractor_weight: float = Field(1.0, ge=0)
+    """With `vision`: weight of imitating what the unpruned extractor detects."""
     method: Literal["gates", "gradient", "modality", "magnitude"] = "gates"
     """How the structure is chosen: learned gates, or one of the baselines (`compress/structure.py`)."""
     seed: int = Field(0, ge=0)
@@ -256,6 +265,13 @@ class PruneSection(TrainSection):
     kd_weight: float = Field(0.5, ge=0, le=1)
     hidden_weight: float = Field(0.1, ge=0)
     attention_weight: float = Field(1.0, ge=0)
+
+    @field_validator("parts")
+    @classmethod
+    def _some_part(cls, parts: tuple[str, ...]) -> tuple[str, ...]:
+        if not parts or len(set(parts)) < len(parts):
+            raise ValueError("name fusion, vision or both, each once")
+        return parts
 
 
 class TrimSection(TrainSection):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from edgevlm import processes
 from edgevlm.artifacts import (
+    STRUCTURE,
     VOCABULARY,
     Bundle,
     CalibrationSet,
@@ -18,11 +20,12 @@ from edgevlm.artifacts import (
     ParityReport,
     RegionCache,
     Scorecard,
+    Structure,
     Vocabulary,
 )
 from edgevlm.bench.local import bench_bundle
+from edgevlm.compress import prune as pruning
 from edgevlm.compress.distil import distil
-from edgevlm.compress.prune import prune
 from edgevlm.compress.trim import check_rungs, trim
 from edgevlm.data import open_reader
 from edgevlm.data.frames import Frames, Questions, make_questions
@@ -37,6 +40,7 @@ from edgevlm.pipeline import Stage
 from edgevlm.recipe import Recipe
 from edgevlm.report import write_scorecard
 from edgevlm.report.scorecard import join
+from edgevlm.report.structure import draw_structures
 from edgevlm.report.terminal import print_scorecard
 from edgevlm.train.answering import train_teacher
 from edgevlm.train.captioning import train_captioner
@@ -72,6 +76,25 @@ def detector(job: Job) -> Checkpoint:
 def teacher(job: Job) -> Checkpoint:
     """The large model: from real questions alone, or going on from drawn ones."""
     return finetune_reasoning(job) if job.recipe.synthetic else train_teacher(job)
+
+
+def prune(job: Job) -> Checkpoint:
+    """Prune the student, and draw what was kept."""
+    checkpoint = pruning.prune(job)
+    if processes.is_main():
+        structure = Structure.model_validate_json((job.out_dir / STRUCTURE).read_bytes())
+        draw_structures({job.recipe.name: structure}, job.out_dir / "structure.png")
+    return checkpoint
+
+
+def pruned_regions(job: Job) -> RegionCache:
+    """The regions once more, as the pruned extractor sees them."""
+    return cache_regions(replace(job, inputs={"detector": job.inputs["prune"]}))
+
+
+def trim_pruned(job: Job) -> Checkpoint:
+    """`trim` on those regions."""
+    return trim(replace(job, inputs={**job.inputs, "regions": job.inputs["pruned_regions"]}))
 
 
 def calibrate(job: Job) -> CalibrationSet:
@@ -258,6 +281,8 @@ PRETRAIN = Stage("pretrain", pretrain, ("detector", "regions"), ("data", "task",
 """Before the teacher, in recipes that have this section."""
 SYNTHETIC = Stage("synthetic", pretrain_reasoning, ("detector", *_MODEL), ("data", *_TRAINED), everywhere=True)
 """The same for drawn sentences."""
+PRUNED_REGIONS = Stage("pruned_regions", pruned_regions, ("prune",), (*_DATA, "regions"), everywhere=True)
+"""Behind `prune`, where that changes the extractor."""
 FINE_TUNING: dict[str, Stage] = {
     "retrieval": Stage(
         "retrieval", train_retrieval, ("detector", *_MODEL), ("data", "task", "retrieval"), everywhere=True
@@ -284,6 +309,10 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
     before, behind = STAGES[:at], STAGES[at:]
     if recipe.task == "pretraining":
         return (*before, PRETRAIN)
+    if "vision" in recipe.prune.parts:
+        place = [stage.name for stage in behind].index("trim")
+        trimming = replace(behind[place], run=trim_pruned, inputs=(*behind[place].inputs, "pruned_regions"))
+        behind = (*behind[:place], PRUNED_REGIONS, trimming, *behind[place + 1 :])
     ends = tuple(stage for section, stage in FINE_TUNING.items() if getattr(recipe, section) is not None)
     if ends:
         behind = ends

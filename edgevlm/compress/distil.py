@@ -13,6 +13,7 @@ from edgevlm.errors import CheckpointError, RecipeError
 from edgevlm.job import Job
 from edgevlm.models import vlm
 from edgevlm.models.fusion import FusionOutput
+from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM
 from edgevlm.recipe import DistilSection, PruneSection
 from edgevlm.tasks import answers as task
@@ -80,10 +81,11 @@ class DistilObjective(nn.Module):
         self._teacher = [teacher.eval().requires_grad_(False)]  # a list: not a submodule, so not in snapshots
         freeze_extractor(student)
 
-    def forward(self, batch: AnswerBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: AnswerBatch, teacher_regions: Regions | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch; `teacher_regions` are the teacher's own view of the same boxes, if it has one."""
         teacher = self._teacher[0].to(batch.input_ids.device)
         with torch.no_grad():
-            target = teacher.answer(batch.regions, batch.input_ids)
+            target = teacher.answer(teacher_regions or batch.regions, batch.input_ids)
         answer = self.student.answer(batch.regions, batch.input_ids)
         imitation = self.distiller(answer.logits_BA, answer.fusion, target.logits_BA, target.fusion)
         truth = batch.answers, batch.targets

@@ -8,38 +8,46 @@
 | `magnitude` | every group loses the same share of its members, those with the smallest weights |
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from edgevlm.compress.cost import CostModel
-from edgevlm.compress.distil import DistilObjective
 from edgevlm.compress.shrink import Kept, fill_budget, masks
-from edgevlm.job import Job
 from edgevlm.models.gates import Gates, gated
 from edgevlm.models.groups import Group
 from edgevlm.models.vlm import VLM
 from edgevlm.recipe import PruneSection
-from edgevlm.train.answering import fit_answers
 from edgevlm.train.loop import parameter_groups
-from edgevlm.train.regions import AnswerBatch
+
+HISTORY_POINTS = 100
+"""Of a picture over time."""
+
+
+class Choice(NamedTuple):
+    """The structure that was chosen, and how the training came to it."""
+
+    kept: Kept
+    history: dict[int, dict[str, float]]
+    """Steps done -> group -> share of its members that were (expected to be) open."""
 
 
 @dataclass(frozen=True)
 class Pruning:
     """One model on its way to a budget."""
 
-    job: Job
     section: PruneSection
     student: VLM
-    inner: DistilObjective
+    inner: nn.Module
+    """Loss of the student without gates."""
     groups: tuple[Group, ...]
     cost: CostModel
     """Of what can be removed."""
-    seed: int
+    fit: Callable[..., None]
+    """Train while choosing: (objective, parameter groups of the optimiser, hooks as in `train.loop.fit`)."""
 
     @property
     def budget(self) -> float:
@@ -50,11 +58,6 @@ class Pruning:
         """See `fill_budget`."""
         return fill_budget(self.groups, self.cost, budget, self.section.round_to, wanted, scores)
 
-    def fit(self, objective: nn.Module, optimised: list[dict[str, Any]], **hooks: Callable[[int], None]) -> None:
-        """Train while choosing; `optimised` and `hooks` as in `train.loop.fit`."""
-        settings: dict[str, Any] = {"what": "prune", "seed": self.seed, "groups": optimised, **hooks}
-        fit_answers(objective, self.student, self.job, self.section, **settings)
-
 
 def target_sparsity(step: int, steps: int, ramp: float, final: float) -> float:
     """Linear rise from 0 to `final` over the first `ramp` of the steps, then constant: one counter, never restarted."""
@@ -64,21 +67,49 @@ def target_sparsity(step: int, steps: int, ramp: float, final: float) -> float:
 # --- learned gates -----------------------------------------------------------------------------------------------
 
 
+class History(nn.Module):
+    """What was open in the course of the training; a buffer, so that it lies in the snapshots."""
+
+    shares_TG: Tensor
+
+    def __init__(self, groups: tuple[Group, ...], steps: int) -> None:
+        super().__init__()
+        self.groups, self.every = groups, max(1, steps // HISTORY_POINTS)
+        self.register_buffer("shares_TG", torch.full((steps // self.every, len(groups)), float("nan")))
+
+    @torch.no_grad()
+    def record(self, step: int, members: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Note the share of (expected) open members of every group, now and then."""
+        place = (step + 1) // self.every - 1
+        if (step + 1) % self.every == 0 and place < len(self.shares_TG):
+            found = members()
+            self.shares_TG[place] = torch.stack([found[g.name].detach().float() / g.size for g in self.groups])
+
+    def by_step(self) -> dict[int, dict[str, float]]:
+        """Steps done -> group -> share, 0..1."""
+        names = [group.name for group in self.groups]
+        return {
+            (i + 1) * self.every: dict(zip(names, row, strict=True)) for i, row in enumerate(self.shares_TG.tolist())
+        }
+
+
 class PruneObjective(nn.Module):
     """Distillation loss of the gated student + l1 (s - t) + l2 (s - t)^2, with s the expected and t the target sparsity.
 
     The multipliers l1, l2 ascend while everything else descends.
     """
 
-    def __init__(self, inner: DistilObjective, gates: Gates, cost: CostModel) -> None:
+    def __init__(self, pruning: Pruning) -> None:
         super().__init__()
-        self.inner, self.gates, self.cost = inner, gates, cost
+        self.inner, self.gates, self.cost = pruning.inner, Gates(pruning.groups), pruning.cost
+        self._student = [pruning.student]  # a part of `inner`
+        self.history = History(pruning.groups, pruning.section.steps)
         self.multipliers = nn.Parameter(torch.zeros(2))
         self.target = 0.0
 
-    def forward(self, batch: AnswerBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        with gated(self.inner.student, self.gates.groups, self.gates.sample()):
-            loss, logs = self.inner(batch)
+    def forward(self, **batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        with gated(self._student[0], self.gates.groups, self.gates.sample()):
+            loss, logs = self.inner(**batch)
         sparsity = 1 - self.cost.of(self.gates.expected()) / self.cost.whole
         gap = sparsity - self.target
         loss = loss + self.multipliers[0] * gap + self.multipliers[1] * gap * gap
@@ -99,21 +130,26 @@ def choose_by_gates(gates: Gates, fill: Callable[..., Kept], budget: float) -> K
     return fill(wanted, {group.name: gates[group.name].log_alpha for group in gates.groups}, budget)
 
 
-def by_gates(pruning: Pruning) -> Kept:
+def by_gates(pruning: Pruning) -> Choice:
     """Train gates and weights together towards the budget."""
     section = pruning.section
-    objective = PruneObjective(pruning.inner, Gates(pruning.groups), pruning.cost)
+    objective = PruneObjective(pruning)
 
     def before_step(step: int) -> None:
         objective.target = target_sparsity(step, section.steps, section.ramp, section.sparsity)
+
+    def after_step(step: int) -> None:
+        objective.gates.clamp_()
+        objective.history.record(step, objective.gates.expected)
 
     optimised = [
         *parameter_groups(pruning.inner, section.lr, section.weight_decay),
         {"params": list(objective.gates.parameters()), "lr": section.gate_lr, "weight_decay": 0.0},
         {"params": [objective.multipliers], "lr": section.gate_lr, "weight_decay": 0.0, "maximize": True},
     ]
-    pruning.fit(objective, optimised, before_step=before_step, after_step=lambda _: objective.gates.clamp_())
-    return choose_by_gates(objective.gates, pruning.fill, pruning.budget)
+    pruning.fit(objective, optimised, before_step=before_step, after_step=after_step)
+    kept = choose_by_gates(objective.gates, pruning.fill, pruning.budget)
+    return Choice(kept, objective.history.by_step())
 
 
 # --- baselines ---------------------------------------------------------------------------------------------------
@@ -129,16 +165,17 @@ class GradientObjective(nn.Module):
         for group in pruning.groups:
             self.register_buffer(f"sum_{_key(group)}", torch.zeros(group.size))
             self.register_buffer(f"open_{_key(group)}", torch.ones(group.size))
+        self.history = History(pruning.groups, pruning.section.steps)
 
-    def forward(self, batch: AnswerBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, **batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         groups = self._pruning[0].groups
         # The value is 0 or 1, and its gradient is that of a gate, open or closed: a closed one may come back.
         values = {
             g.name: self.get_buffer(f"open_{_key(g)}") + self.values[_key(g)] - self.values[_key(g)].detach()
             for g in groups
         }
-        with gated(self.inner.student, groups, values):
-            return self.inner(batch)
+        with gated(self._pruning[0].student, groups, values):
+            return self.inner(**batch)
 
     @torch.no_grad()
     def accumulate(self, step: int) -> None:
@@ -153,6 +190,7 @@ class GradientObjective(nn.Module):
         sparsity = target_sparsity(step, section.steps, section.ramp, section.sparsity)
         for name, mask in masks(pruning.groups, self.choose(pruning.cost.whole * (1 - sparsity))).items():
             self.get_buffer(f"open_{name.replace('.', '_')}").copy_(mask)
+        self.history.record(step, lambda: {g.name: self.get_buffer(f"open_{_key(g)}").sum() for g in pruning.groups})
 
     def choose(self, budget: float) -> Kept:
         """The structure at a budget."""
@@ -161,15 +199,15 @@ class GradientObjective(nn.Module):
         return by_threshold(pruning, standardised(sums), budget)
 
 
-def by_gradient(pruning: Pruning) -> Kept:
+def by_gradient(pruning: Pruning) -> Choice:
     """Train, add up the gates' gradients, and close step by step what has least of them (UPop, section 3)."""
     section, objective = pruning.section, GradientObjective(pruning)
     optimised = parameter_groups(pruning.inner, section.lr, section.weight_decay)
     pruning.fit(objective, optimised, after_step=objective.accumulate)
-    return objective.choose(pruning.budget)
+    return Choice(objective.choose(pruning.budget), objective.history.by_step())
 
 
-def by_modality(pruning: Pruning) -> Kept:
+def by_modality(pruning: Pruning) -> Choice:
     """One ranking within each part, each at the same share of its own cost."""
     scores = standardised(magnitudes(pruning.student, pruning.groups))
     kept: Kept = {}
@@ -178,20 +216,20 @@ def by_modality(pruning: Pruning) -> Kept:
         whole = pruning.cost.only(names)
         own = replace(pruning, groups=tuple(group for group in pruning.groups if group.part == part), cost=whole)
         kept |= by_threshold(own, {name: scores[name] for name in names}, own.budget)
-    return kept
+    return Choice(kept, {})
 
 
-def by_magnitude(pruning: Pruning) -> Kept:
+def by_magnitude(pruning: Pruning) -> Choice:
     """The same share of every group."""
 
     def wanted(level: float) -> dict[str, float]:
         share = torch.sigmoid(torch.tensor(level)).item()
         return {group.name: share * group.size for group in pruning.groups}
 
-    return pruning.fill(wanted, magnitudes(pruning.student, pruning.groups), pruning.budget)
+    return Choice(pruning.fill(wanted, magnitudes(pruning.student, pruning.groups), pruning.budget), {})
 
 
-METHODS: dict[str, Callable[[Pruning], Kept]] = {
+METHODS: dict[str, Callable[[Pruning], Choice]] = {
     "gates": by_gates,
     "gradient": by_gradient,
     "modality": by_modality,

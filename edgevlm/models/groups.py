@@ -76,11 +76,18 @@ def _trunk_and_fpn(tee: Any) -> Iterator[Group]:
         for j, block in enumerate(stage)
     ]
     fpn_points, fpn_slices = _fpn(tee)
+    fpn_is_free = True
     size: Any
     for at, (place, name, block) in enumerate(blocks):
         squeeze = []
         if getattr(block, "se", None) is not None and not isinstance(block.se, nn.Identity):
             squeeze = [Slice(f"{name}.se.conv_reduce", "in"), Slice(f"{name}.se.conv_expand", "out")]
+        readers = _readers(tee, blocks, at)
+        if _is_fpn_map(tee, blocks, at):  # its channels are the BiFPN's
+            conv, norm = LAST.get(type(block), ("", ""))
+            fpn_is_free = fpn_is_free and readers is not None and conv != ""
+            fpn_points.append(Point(name))
+            fpn_slices += [Slice(f"{name}.{conv}", "out"), Slice(f"{name}.{norm}", "both"), *(readers or ())]
         if isinstance(block, InvertedResidual):
             slices = [Slice(f"{name}.conv_pw", "out"), Slice(f"{name}.bn1", "both"), Slice(f"{name}.conv_dw", "both")]
             slices += [Slice(f"{name}.bn2", "both"), *squeeze, Slice(f"{name}.conv_pwl", "in")]
@@ -91,30 +98,50 @@ def _trunk_and_fpn(tee: Any) -> Iterator[Group]:
             slices += [Slice(f"{name}.conv_pwl", "in")]
             points = [Point(f"{name}.bn1")]
             size = block.conv_exp.out_channels
-        elif isinstance(block, ConvBnAct) and (readers := _readers(tee, blocks, at)) is not None:
+        elif isinstance(block, ConvBnAct) and readers is not None and not _is_fpn_map(tee, blocks, at):
             points = [Point(name)]
-            slices = [Slice(f"{name}.conv", "out"), Slice(f"{name}.bn1", "both"), *readers.slices]
+            slices = [Slice(f"{name}.conv", "out"), Slice(f"{name}.bn1", "both"), *readers]
             size = block.conv.out_channels
-            if readers.is_fpn_map:  # the map enters the BiFPN as it is: its channels are the BiFPN's
-                fpn_points, fpn_slices = [*fpn_points, *points], [*fpn_slices, *slices]
-                continue
         else:
             continue
         yield Group(f"trunk.{place}", "vision", size, tuple(points), tuple(slices))
-    width: int = tee.rpn.objectness.in_channels
-    yield Group("fpn", "vision", width, tuple(fpn_points), tuple(fpn_slices))
+    if fpn_is_free:
+        width: int = tee.rpn.objectness.in_channels
+        yield Group("fpn", "vision", width, tuple(fpn_points), tuple(fpn_slices))
 
 
-class _Readers(NamedTuple):
-    """Who reads a block's output."""
-
-    slices: list[Slice]
-    is_fpn_map: bool
+LAST = {ConvBnAct: ("conv", "bn1"), EdgeResidual: ("conv_pwl", "bn2"), InvertedResidual: ("conv_pwl", "bn3")}
+"""The convolution that writes a block's output, and its norm."""
 
 
-def _readers(tee: Any, blocks: list[tuple[str, str, nn.Module]], at: int) -> _Readers | None:
-    """None if a channel cannot be taken away: a skip connection carries it on, or a depthwise convolution begins."""
-    stage, _ = map(int, blocks[at][0].split("."))
+def _stage_map(tee: Any, blocks: list[tuple[str, str, nn.Module]], at: int) -> int | None:
+    """Which map of the trunk the block writes; None if the BiFPN does not see its output."""
+    stage = int(blocks[at][0].partition(".")[0])
+    last_of_stage = at + 1 == len(blocks) or not blocks[at + 1][0].startswith(f"{stage}.")
+    stages = sorted(tee.trunk._stage_out_idx)
+    return stages.index(stage + 1) if last_of_stage and stage + 1 in stages else None
+
+
+def _laterals(tee: Any, number: int) -> list[tuple[str, Any]]:
+    """What brings map `number` of the trunk into the BiFPN: name and module of each resampling."""
+    found = [
+        (f"tee.bifpn.cell.0.fnode.{i}.combine.resample.{number}", node.combine.resample[str(number)])
+        for i, node in enumerate(tee.bifpn.cell[0].fnode)
+        if str(number) in node.combine.resample
+    ]
+    if number + 1 == len(tee.trunk._stage_out_idx):  # a coarser level is made from the last map
+        found += [(f"tee.bifpn.resample.{key}", m) for key, m in list(tee.bifpn.resample.items())[:1]]
+    return found
+
+
+def _is_fpn_map(tee: Any, blocks: list[tuple[str, str, nn.Module]], at: int) -> bool:
+    """Whether the block's output enters the BiFPN somewhere as it is, for it has the BiFPN's width."""
+    number = _stage_map(tee, blocks, at)
+    return number is not None and not all("conv" in m._modules for _, m in _laterals(tee, number))
+
+
+def _readers(tee: Any, blocks: list[tuple[str, str, nn.Module]], at: int) -> list[Slice] | None:
+    """Who reads a block's output; None if no channel can be taken away: a skip carries it on, or a depthwise one begins."""
     if blocks[at][2].has_skip:
         return None
     slices: list[Slice] = []
@@ -124,21 +151,9 @@ def _readers(tee: Any, blocks: list[tuple[str, str, nn.Module]], at: int) -> _Re
         if first is None or block.has_skip:
             return None
         slices.append(Slice(f"{name}.{first}", "in"))
-    last_of_stage = at + 1 == len(blocks) or not blocks[at + 1][0].startswith(f"{stage}.")
-    stages = sorted(tee.trunk._stage_out_idx)
-    if not last_of_stage or stage + 1 not in stages:
-        return _Readers(slices, False)
-    number = stages.index(stage + 1)
-    laterals = [
-        (f"tee.bifpn.cell.0.fnode.{i}.combine.resample.{number}", node.combine.resample[str(number)])
-        for i, node in enumerate(tee.bifpn.cell[0].fnode)
-        if str(number) in node.combine.resample
-    ]
-    if number + 1 == len(stages):  # a coarser level is made from the last map
-        laterals += [(f"tee.bifpn.resample.{key}", m) for key, m in list(tee.bifpn.resample.items())[:1]]
-    convs = [(name, "conv" in resample._modules) for name, resample in laterals]
-    slices += [Slice(f"{name}.conv.conv", "in") for name, has_conv in convs if has_conv]
-    return _Readers(slices, not all(has_conv for _, has_conv in convs))
+    number = _stage_map(tee, blocks, at)
+    laterals = _laterals(tee, number) if number is not None else []
+    return slices + [Slice(f"{name}.conv.conv", "in") for name, m in laterals if "conv" in m._modules]
 
 
 def _fpn(tee: Any) -> tuple[list[Point], list[Slice]]:

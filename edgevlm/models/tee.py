@@ -237,26 +237,35 @@ class TEE(nn.Module):
             classes_BR = output.class_logits_BRC[..., :-1].argmax(-1)
         return output._replace(attribute_logits_BRA=self.attribute_head(pooled_BRF, classes_BR))
 
-    def select(self, proposals_BP4: Tensor, output: BoxOutput) -> Regions:
-        """Refine the boxes, one class-agnostic NMS on the best class score, and the best `num_regions`."""
+    def select(self, proposals_BP4: Tensor, output: BoxOutput, features_BPD: Tensor | None = None) -> Regions:
+        """Refine the boxes, one class-agnostic NMS on the best class score, and the best `num_regions`.
+
+        `features_BPD`, of the same proposals, are handed over in place of the output's own: another extractor's view.
+        """
         scores = torch.softmax(output.class_logits_BRC, dim=-1)[..., :-1].amax(-1)
         boxes = decode_boxes(proposals_BP4, output.deltas_BR4, self.limits, BOX_SCALE)
         scores, index = torch.topk(scores, scores.shape[1], dim=1)
-        boxes, features = take(boxes, index), take(self._region_features(output), index)
+        features = self.region_features(output) if features_BPD is None else features_BPD
+        boxes, features = take(boxes, index), take(features, index)
         keep = cluster_nms(boxes, REGION_NMS_IOU)
         index = survivors_first(keep, self.config.num_regions)
         return Regions(take(features, index), take(boxes, index) / self.limits, take(scores * keep, index))
 
-    def _region_features(self, output: BoxOutput) -> Tensor:
+    def region_features(self, output: BoxOutput) -> Tensor:
+        """What describes a box to the fusion, (B, R, D): the box head's hidden layer, or the tags that it sees."""
         if self.config.region_feature == "hidden":
             return output.features_BRD
         classes = torch.softmax(output.class_logits_BRC, dim=-1)
         return torch.cat([classes, torch.sigmoid(output.attribute_logits_BRA)], dim=-1)
 
+    def fixed_boxes(self, count: int) -> Tensor:
+        """The grid's boxes in pixels for `count` images, (B, R, 4)."""
+        return (self.grid * self.limits).unsqueeze(0).expand(count, -1, -1)
+
     def grid_regions(self, maps: list[Tensor]) -> Regions:
         """Features of the fixed boxes, all with score 1, the whole image first."""
-        boxes_BR4 = (self.grid * self.limits).unsqueeze(0).expand(maps[0].shape[0], -1, -1)
-        features_BRD = self._region_features(self.box_features(maps, boxes_BR4))
+        boxes_BR4 = self.fixed_boxes(maps[0].shape[0])
+        features_BRD = self.region_features(self.box_features(maps, boxes_BR4))
         return Regions(features_BRD, boxes_BR4 / self.limits, torch.ones_like(boxes_BR4[..., 0]))
 
     def forward(self, pixels_BCHW: Tensor) -> Regions:

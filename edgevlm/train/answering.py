@@ -1,5 +1,6 @@
 """Training and evaluating answers on cached regions; stage `teacher`."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -148,16 +149,18 @@ def predict(model: VLM, split: RegionSplit, num_keep: int | None = None, batch_s
     return torch.cat(predicted).numpy()
 
 
-def evaluate(model: VLM, job: Job, num_keep: int | None = None) -> dict[str, float]:
-    """Accuracy on each evaluation split in the region cache, the majority answer's, and per kind on the test split.
+def evaluate(model: VLM, job: Job, num_keep: int | None = None, cache: Path | None = None) -> dict[str, float]:
+    """Accuracy on each evaluation split, the majority answer's, and per kind on the test split.
 
-    Where several annotators answered, it is the official accuracy (`tasks/vqa.py`).
+    `cache` holds the regions; None = those of the stage `regions`. Where several annotators answered, it is the
+    official accuracy (`tasks/vqa.py`).
     """
     metrics: dict[str, float] = {}
-    for name in cached_splits(job.inputs["regions"]):
+    cache = cache or job.inputs["regions"]
+    for name in cached_splits(cache):
         if name == "train":
             continue
-        split = RegionSplit.load(job.inputs["regions"], name)
+        split = RegionSplit.load(cache, name)
         predicted, truth = predict(model, split, num_keep), split.answers.numpy()
         if split.answer_ids is not None and split.official is not None:
             ids_QK, official_QK = split.answer_ids.numpy(), split.official.numpy()

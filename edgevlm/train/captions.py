@@ -36,7 +36,7 @@ def save_captions(
         tokenizer: of the checkpoint that the regions come from.
     """
     flat = [(image, caption) for image, several in enumerate(captions) for caption in several]
-    (folder / split).mkdir(exist_ok=True)
+    (folder / split).mkdir(parents=True, exist_ok=True)
     tensors = {
         "image_index": torch.tensor([image for image, _ in flat], dtype=torch.int64),
         "input_ids": torch.from_numpy(tokenizer.encode_batch([caption for _, caption in flat], truncate=True)),

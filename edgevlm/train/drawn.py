@@ -66,24 +66,37 @@ class Drawn:
 
     def beside(self, real: AnswerBatch, rows: Tensor, share: float, parts: Parts) -> tuple[AnswerBatch, Trace]:
         """Real questions with drawn ones behind them: `share` of all, chosen by `rows`; the same rows, the same batch."""
-        number = zlib.crc32(rows.numpy().tobytes())
-        real = shuffle_parts(real._replace(input_ids=self.same[real.input_ids.long()].int()), parts, number)
+        number = number_of(rows)
+        real = shuffle_parts(real._replace(input_ids=self.spell(real.input_ids)), parts, number)
         count, num_parts = len(real.answers), len(parts)
         unknown = Trace(
             torch.zeros(count, num_parts), torch.zeros(count, num_parts, dtype=torch.long), torch.zeros(count)
         )
-        sentences = round(len(rows) * share / (1 - share) / self.source.per_sentence)
-        if sentences == 0:
+        if (companions := self.companions(count, share, number)) is None:
             return real, unknown
-        drawn, trace = self.batch(number, sentences)
+        drawn, trace = companions
         traces = (torch.cat(pair) for pair in zip(unknown, trace, strict=True))
         return join(real, drawn, self.tokenizer.spec.pad_id), Trace(*traces)
+
+    def companions(self, count: int, share: float, number: int) -> tuple[AnswerBatch, Trace] | None:
+        """Drawn batch `number`, to be `share` of all beside `count` real questions; None if that is less than one."""
+        sentences = round(count * share / (1 - share) / self.source.per_sentence)
+        return self.batch(number, sentences) if sentences else None
+
+    def spell(self, input_ids: Tensor) -> Tensor:
+        """Token ids with one spelling for every word, as drawn sentences have it."""
+        return self.same[input_ids.long()].int()
 
     @torch.no_grad()
     def tie(self, model: VLM) -> None:
         """Give every spelling the embedding of the word it stands for: what is trained is the latter."""
         words = model.fusion.words.weight
         words.copy_(words[self.same.to(words.device)])
+
+
+def number_of(rows: Tensor) -> int:
+    """A number that depends on the rows of a batch and on nothing else."""
+    return zlib.crc32(rows.numpy().tobytes())
 
 
 def shuffle_parts(batch: AnswerBatch, parts: Parts, seed: int) -> AnswerBatch:

@@ -5,6 +5,9 @@ question and epoch. A split is cut into shards of some images each, which the pr
 `<split>/images-00000.parquet` and `<split>/questions-00000.parquet` (`edgevlm/train/shards.py`).
 """
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from edgevlm import processes
 from edgevlm.artifacts import VOCABULARY, WEIGHTS, Checkpoint, Labels, RegionCache, digest
-from edgevlm.data import open_reader
+from edgevlm.data import Reader, open_reader
 from edgevlm.data.frames import Frames, make_questions, materialise_shards
 from edgevlm.data.text import Tokenizer
 from edgevlm.errors import CheckpointError
@@ -25,6 +28,7 @@ from edgevlm.manifests import MANIFEST, read_manifest
 from edgevlm.models import vlm
 from edgevlm.models.regions import box_iou
 from edgevlm.models.tee import TEE, Regions
+from edgevlm.models.vlm import VLM
 from edgevlm.tasks import pairs, vqa
 from edgevlm.train.captions import save_captions
 from edgevlm.train.checkpoints import finish
@@ -249,7 +253,7 @@ def extract(tee: TEE, frames: Frames, tokenizer: Tokenizer, labels: Labels, batc
         referred,
         torch.tensor([len(objects) > 0 for objects in questions.referred], dtype=torch.uint8),
         questions.kinds,
-        *_annotators(frames, labels),
+        *annotators(frames, labels),
         second_index=second_index,
         group_index=group_index,
     )
@@ -266,8 +270,8 @@ def encode_images(tee: TEE, pixels_IHWC: np.ndarray, batch_size: int = 64) -> Re
     return Regions(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _annotators(frames: Frames, labels: Labels) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Answer ids, soft targets and official scores per question, where a question has several annotators."""
+def annotators(frames: Frames, labels: Labels) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Answer ids, soft targets and official scores per question (Q, K), where a question has several annotators."""
     texts = [text for texts in frames.texts for text in texts]
     if not any(len(text.answers) > 1 for text in texts):
         return None, None, None
@@ -287,38 +291,62 @@ def _match(boxes_IN4: Tensor, frames: Frames) -> Tensor:
 
 
 def cache_regions(job: Job) -> RegionCache:
-    """Extract every split of the dataset; each process takes every so-manieth shard."""
-    recipe, source, section = job.recipe, job.inputs["detector"], job.recipe.regions
+    """Extract every split of the dataset."""
+    source, dtype = job.inputs["detector"], job.recipe.regions.dtype
     model, manifest = vlm.load(source)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tee = model.tee.to(device, memory_format=torch.channels_last)  # pyright: ignore  (a quarter faster on CPUs)
     tokenizer = Tokenizer(source / VOCABULARY, manifest.tokenizer)
-    reader = open_reader(recipe.data, recipe.task, recipe.seed, job.data_path)
-    extractor_hash = manifest.files[WEIGHTS]
-    rank, world = processes.rank(), processes.world_size()
+    reader = open_reader(job.recipe.data, job.recipe.task, job.recipe.seed, job.data_path)
     for split in reader.splits:
-        limit = {"train": recipe.data.num_train, "val": recipe.data.num_val}.get(split, recipe.data.num_test)
-        key = cache_key(manifest, split, section.dtype)
-
-        def is_mine(shard: int, split: str = split, key: str = key) -> bool:
-            return shard % world == rank and not shard_is_done(job.out_dir, split, shard, key)
-
-        with job.reporter.bar(f"regions of {split} images", limit) as bar:
-            shards = materialise_shards(reader, split, limit, recipe.preprocess, section.shard_images, is_mine)
-            for shard, frames in shards:
-                save_captions(job.out_dir, split, shard, frames.captions, tokenizer)
-                extracted = extract(tee, frames, tokenizer, manifest.labels)
-                extracted.save(job.out_dir, split, shard=shard, key=key, dtype=section.dtype)
-                bar.update(shard * section.shard_images + len(frames))
+        key = cache_key(manifest, split, dtype)
+        cache_split(job, model.tee, tokenizer, manifest.labels, reader, split, job.out_dir, key)
     processes.barrier()  # all shards are there
     counts = {split: sum(file.num_rows for file, _ in open_shards(job.out_dir, split)) for split in reader.splits}
     cache = RegionCache(
         provenance=job.provenance,
         preprocess_hash=manifest.preprocess.hash,
-        extractor_hash=extractor_hash,
+        extractor_hash=manifest.files[WEIGHTS],
         num_images=counts,
     )
     return finish(job.out_dir, cache)
+
+
+def cache_split(
+    job: Job, tee: TEE, tokenizer: Tokenizer, labels: Labels, reader: Reader, split: str, folder: Path, key: str
+) -> None:
+    """Extract one split into `folder`; each process takes every so-manieth shard, without those that are there."""
+    recipe, section = job.recipe, job.recipe.regions
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tee = tee.eval().to(device, memory_format=torch.channels_last)  # pyright: ignore  (a quarter faster on CPUs)
+    limit = {"train": recipe.data.num_train, "val": recipe.data.num_val}.get(split, recipe.data.num_test)
+    rank, world = processes.rank(), processes.world_size()
+
+    def is_mine(shard: int) -> bool:
+        return shard % world == rank and not shard_is_done(folder, split, shard, key)
+
+    with job.reporter.bar(f"regions of {split} images", limit) as bar:
+        shards = materialise_shards(reader, split, limit, recipe.preprocess, section.shard_images, is_mine)
+        for shard, frames in shards:
+            save_captions(folder, split, shard, frames.captions, tokenizer)
+            extracted = extract(tee, frames, tokenizer, labels)
+            extracted.save(folder, split, shard=shard, key=key, dtype=section.dtype)
+            bar.update(shard * section.shard_images + len(frames))
+
+
+@contextlib.contextmanager
+def evaluation_splits(job: Job, model: VLM, manifest: Checkpoint) -> Iterator[Path]:
+    """While this lasts: a cache of the evaluation splits, made with the extractor of a model that is not saved yet."""
+    folder = job.out_dir / ".evaluation"
+    shutil.rmtree(folder, ignore_errors=True)
+    processes.barrier()
+    tokenizer = Tokenizer(job.inputs["prepare"] / VOCABULARY, manifest.tokenizer)
+    reader = open_reader(job.recipe.data, job.recipe.task, job.recipe.seed, job.data_path)
+    for split in reader.splits:
+        if split != "train":
+            cache_split(job, model.tee, tokenizer, manifest.labels, reader, split, folder, job.provenance.key)
+    processes.barrier()
+    yield folder
+    processes.barrier()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def cache_key(detector: Checkpoint, split: str, dtype: str) -> str:

@@ -24,10 +24,10 @@ from tests.edgevlm.tiny import LABELS, SPEC, TOKENIZER, tiny_ids, tiny_regions, 
 TRUNKS = ("test_edgevlm", "edgevlm_nano", "efficientnet_lite0", "efficientnet_b0")
 
 
-def model_with(trunk: str, first_level: int = 3, seed: int = 0) -> VLM:
+def model_with(trunk: str, first_level: int = 3, seed: int = 0, fpn: int = 32) -> VLM:
     """A model whose norms have statistics and biases of their own, as after training."""
     torch.manual_seed(seed)
-    tee = TEES["test-tee"].model_copy(update={"trunk": trunk, "first_level": first_level, "fpn_channels": 32})
+    tee = TEES["test-tee"].model_copy(update={"trunk": trunk, "first_level": first_level, "fpn_channels": fpn})
     model = VLM(ModelConfig(tee=tee, fusion=FUSIONS["test-fusion"]), SPEC, TOKENIZER, LABELS)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -88,14 +88,18 @@ def test_target_rises_once_and_stays(steps: int, ramp: float, final: float) -> N
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize(("trunk", "first_level"), [*((trunk, 3) for trunk in TRUNKS), ("edgevlm_nano", 2)])
-def test_shrunken_equals_masked(trunk: str, first_level: int, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("trunk", "first_level", "fpn"),
+    [*((trunk, 3, 32) for trunk in TRUNKS), ("edgevlm_nano", 2, 32), ("test_edgevlm", 3, 16)],
+)
+def test_shrunken_equals_masked(trunk: str, first_level: int, fpn: int, seed: int) -> None:
     """Any choice in every group: removing the weights gives what multiplying by 0 and 1 gives.
 
-    `edgevlm_nano` from P2 has a map that is as wide as the BiFPN and enters it without a projection.
+    The last two have a map that is as wide as the BiFPN and enters it without a projection.
     """
-    model = model_with(trunk, first_level, seed)
+    model = model_with(trunk, first_level, seed, fpn)
     groups = groups_of(model)
+    assert "fpn" in [group.name for group in groups]
     kept = some_of(groups, seed)
     whole = outputs(model)
     with gated(model, groups, masks(groups, kept)):
@@ -119,6 +123,11 @@ def test_every_group_alone(name: str) -> None:
     shrink(model, groups, kept)
     for gate, small in zip(masked, outputs(model), strict=True):
         torch.testing.assert_close(small, gate, atol=1e-5 * max(1.0, gate.abs().max().item()), rtol=0)
+
+
+def test_a_map_with_a_skip_fixes_the_width_of_the_bifpn() -> None:
+    """EfficientNet-B0's P3 has 40 channels, which a skip carries on: with a BiFPN of 40 none of them can go."""
+    assert "fpn" not in [group.name for group in groups_of(model_with("efficientnet_b0", fpn=40))]
 
 
 def test_no_hook_stays() -> None:
