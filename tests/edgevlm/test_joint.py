@@ -209,7 +209,7 @@ def test_trimming_stands_on_the_pruned_extractor(tmp_path: Path) -> None:
 
 def test_parts_are_named_once() -> None:
     for parts in ("[]", "[fusion, fusion]", "[text]"):
-        with pytest.raises(RecipeError, match="prune.parts"):
+        with pytest.raises(RecipeError, match=r"prune\.parts"):
             load_recipe("test-scenes", [f"prune.parts={parts}"])
 
 

@@ -65,7 +65,7 @@ def test_the_recipe_starts_on_its_data(name: str, scenes: Path, tmp_path: Path) 
     if load_recipe(name).extractor is not None:
         overrides.append(f"extractor={scenes / 'detector'}")
     if name == "scenes-retrieval":
-        overrides.append(f"retrieval.start={scenes / 'teacher'}")
+        overrides += [f"retrieval.start={scenes / 'teacher'}", f"text.vocab={scenes / 'teacher/vocab.txt'}"]
     found = start(name, tmp_path / "run", *overrides)
     assert found.metrics, "nothing was evaluated"
     recipe = load_recipe(name)
