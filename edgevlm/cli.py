@@ -286,6 +286,8 @@ def compare_prune(
     way: Annotated[list[str] | None, typer.Option(help="Repeat for several; default: all.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions with other draws.")] = 3,
     target: Annotated[list[str] | None, typer.Option(help="Where latency is measured; default: onnx.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="In which precision; default: fp32.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="For all ways: --set prune.steps=500")] = None,
     data: Data = None,
     as_json: Json = False,
 ) -> None:
@@ -295,7 +297,7 @@ def compare_prune(
     from edgevlm import compare
     from edgevlm.progress import ConsoleReporter
 
-    settings = {"ways": way, "keeps": keep, "targets": target}
+    settings = {"ways": way, "keeps": keep, "targets": target, "precisions": precision, "overrides": overrides}
     chosen = {name: tuple(values) for name, values in settings.items() if values}
     found = compare.compare_prune(run, seeds=seeds, data_path=data, reporter=ConsoleReporter(), **chosen)  # pyright: ignore
     if as_json:

@@ -13,15 +13,16 @@ from rich.table import Table
 
 from edgevlm.artifacts import Checkpoint
 from edgevlm.commands import bench_folder, export_checkpoint
-from edgevlm.compress.cost import fusion_macs
+from edgevlm.compress.cost import cost_model, fusion_macs
 from edgevlm.errors import CheckpointError, RecipeError, nearest
 from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
+from edgevlm.models.groups import groups_of
 from edgevlm.pipeline import RUN_FILE, is_done, stage_keys
 from edgevlm.pipeline import run as run_stages
 from edgevlm.progress import Reporter
 from edgevlm.recipe import Recipe
-from edgevlm.recipes import parse_recipe
+from edgevlm.recipes import apply_override, parse_recipe
 from edgevlm.stages import stages_of
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -47,11 +48,11 @@ class Row:
     accuracies: tuple[float, ...]
     """On the test split, one per seed, 0..1."""
     parameters: int
-    """Of the fusion, word table included; of the first seed."""
+    """Of what was pruned: the fusion with its word table, or the whole model; of the first seed, as all that follow."""
     mmacs: float
-    """Multiply-adds of one question, in 1e6; of the first seed."""
+    """Multiply-adds of one question, in 1e6; with its image where the extractor was pruned."""
     ms: dict[str, float]
-    """Target -> p50 of one question on this machine, one thread; of the first seed."""
+    """`<target> <precision>` -> p50 of the same on this machine, one thread."""
 
     @property
     def spread(self) -> float:
@@ -64,8 +65,11 @@ class Comparison:
     """All rows, and what they started from."""
 
     recipe: str
-    teacher: float
-    student: float
+    parts: tuple[str, ...]
+    """What was pruned."""
+    teacher: Row
+    student: Row
+    """Before pruning."""
     rows: tuple[Row, ...]
 
 
@@ -76,6 +80,8 @@ def compare_prune(
     keeps: Sequence[float] = (0.75, 0.5, 0.35, 0.25),
     seeds: int = 3,
     targets: Sequence[str] = ("onnx",),
+    precisions: Sequence[str] = ("fp32",),
+    overrides: Sequence[str] = (),
     data_path: str | None = None,
     reporter: Reporter | None = None,
 ) -> Comparison:
@@ -83,8 +89,18 @@ def compare_prune(
 
     Every case is a run of its own under `compare/`, which shares the stages up to the student: a killed comparison goes on.
 
+    Args:
+        run: its folder; `distil` at least is done, and `calibrate` where int8 is to be measured.
+        ways: names in `WAYS`.
+        keeps: shares of the prunable cost that stay, 0..1.
+        seeds: repetitions with other draws.
+        targets, precisions: where the first seed's latency is measured, beside the teacher's and the student's.
+        overrides: `prune.key=value`, for all ways.
+        data_path: as in `edgevlm run`.
+        reporter: told what came out.
+
     Raises:
-        RecipeError: an unknown way, or a share outside 0..1.
+        RecipeError: an unknown way, a share outside 0..1, or an override of another section.
         CheckpointError: the run has no student, or one of another recipe or version.
     """
     reporter = reporter or Reporter()
@@ -94,18 +110,39 @@ def compare_prune(
     for keep in keeps:
         if not 0 < keep < 1:
             raise RecipeError(f"Cannot keep {keep:g} of a model", "Give shares between 0 and 1, for example 0.5")
+    for override in overrides:
+        if not override.startswith("prune."):
+            raise RecipeError(f"'{override}' changes more than pruning", "Override keys of the section prune only")
     student = read_manifest(run / "distil", Checkpoint)
-    recipe = parse_recipe(student.provenance.recipe, f"inside {run / 'distil'}")
-    _check_whole(run, recipe, data_path)
+    values = student.provenance.recipe
+    _check_whole(run, parse_recipe(values, f"inside {run / 'distil'}"), data_path)
+    for override in overrides:
+        apply_override(values, override)
+    recipe = parse_recipe(values, f"inside {run / 'distil'}")
+    calibration = run / "calibrate"
+    if "int8" in precisions and not calibration.is_dir():
+        raise CheckpointError(
+            f"{run} has no calibration set for int8", f"Finish it: edgevlm run {recipe.name} --out {run}"
+        )
+    measured = [(target, precision) for target in targets for precision in precisions]
     rows = []
     for way in ways:
         for keep in keeps:
             cases = [_prune(run, recipe, way, keep, seed, data_path, reporter) for seed in range(seeds)]
-            rows.append(_row(way, keep, cases, targets, reporter))
-    teacher = read_manifest(run / "teacher", Checkpoint, check_files=False)
-    comparison = Comparison(
-        recipe.name, teacher.metrics["accuracy_test"], student.metrics["accuracy_test"], tuple(rows)
+            rows.append(_row(way, keep, cases, recipe.prune.parts, measured, calibration, reporter))
+    teacher, unpruned = (
+        _row(
+            name,
+            1.0,
+            [_linked(run / stage, run / "compare" / name)],
+            recipe.prune.parts,
+            measured,
+            calibration,
+            reporter,
+        )
+        for name, stage in (("teacher", "teacher"), ("student", "distil"))
     )
+    comparison = Comparison(recipe.name, recipe.prune.parts, teacher, unpruned, tuple(rows))
     _write(comparison, run / "compare")
     return comparison
 
@@ -156,35 +193,62 @@ class Quiet(Reporter):
             self.inner.say(text)
 
 
-def _row(way: str, keep: float, cases: list[Path], targets: Sequence[str], reporter: Reporter) -> Row:
+def _linked(checkpoint: Path, folder: Path) -> Path:
+    """The checkpoint under a folder of its own, where what is measured of it can lie beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / checkpoint.name
+    if not link.exists():
+        link.symlink_to(os.path.relpath(checkpoint, folder), target_is_directory=True)
+    return link
+
+
+def _row(
+    way: str,
+    keep: float,
+    cases: list[Path],
+    parts: Sequence[str],
+    measured: Sequence[tuple[str, str]],
+    calibration: Path,
+    reporter: Reporter,
+) -> Row:
     manifests = [read_manifest(case, Checkpoint) for case in cases]
     first = manifests[0]
     model, _ = vlm.load(cases[0])
-    tee, fusion = first.model.tee, first.model.fusion
-    macs = fusion_macs(fusion, first.tokenizer.max_tokens, tee.num_regions, tee.num_regions, model.tee.region_dim)
+    num_words, num_regions = first.tokenizer.max_tokens, first.model.tee.num_regions
+    if "vision" in parts:
+        macs, counted = cost_model(model, groups_of(model), "macs", num_words).whole, model
+    else:
+        macs = fusion_macs(first.model.fusion, num_words, num_regions, num_regions, model.tee.region_dim)
+        counted = model.fusion
     return Row(
         way=way,
         keep=keep,
-        kept=1 - mean(manifest.metrics["sparsity"] for manifest in manifests),
+        kept=1 - mean(manifest.metrics.get("sparsity", 0.0) for manifest in manifests),
         accuracies=tuple(manifest.metrics["accuracy_test"] for manifest in manifests),
-        parameters=sum(p.numel() for p in model.fusion.parameters()),
+        parameters=sum(p.numel() for p in counted.parameters()),
         mmacs=macs / 1e6,
-        ms={target: _latency(cases[0], target, reporter) for target in targets},
+        ms={
+            f"{target} {precision}": _latency(cases[0], target, precision, "vision" in parts, calibration, reporter)
+            for target, precision in measured
+        },
     )
 
 
-def _latency(checkpoint: Path, target: str, reporter: Reporter) -> float:
-    """p50 of one untrimmed question, fp32, one thread."""
-    bundle, latency = checkpoint.parent / f"bundle-{target}", checkpoint.parent / f"latency-{target}.json"
+def _latency(
+    checkpoint: Path, target: str, precision: str, with_image: bool, calibration: Path, reporter: Reporter
+) -> float:
+    """p50 of one untrimmed question, with its image or without, one thread."""
+    name = f"{target}-{precision}"
+    bundle, latency = checkpoint.parent / f"bundle-{name}", checkpoint.parent / f"latency-{name}.json"
     if not latency.is_file():
-        export_checkpoint(checkpoint, bundle, None, [target], ["fp32"], True, Quiet(reporter))
-        folder = checkpoint.parent / f"bench-{target}"
-        report = bench_folder(bundle, None, folder, 1, LATENCY_RUNS, True, Quiet(reporter))
+        calibrated = calibration if precision == "int8" else None
+        export_checkpoint(checkpoint, bundle, calibrated, [target], [precision], True, Quiet(reporter))
+        report = bench_folder(bundle, None, checkpoint.parent / f"bench-{name}", 1, LATENCY_RUNS, True, Quiet(reporter))
         row = report.rows[0]
         if row.p50_ms is None:
             raise CheckpointError(f"{target} could not be measured ({row.reason})", "Leave it out of --target")
-        latency.write_text(json.dumps({"p50_ms": row.p50_ms}))
-    return json.loads(latency.read_text())["p50_ms"]
+        latency.write_text(json.dumps({"answer_ms": row.answer_p50_ms, "image_and_answer_ms": row.p50_ms}))
+    return json.loads(latency.read_text())["image_and_answer_ms" if with_image else "answer_ms"]
 
 
 def _write(comparison: Comparison, folder: Path) -> None:
@@ -194,17 +258,16 @@ def _write(comparison: Comparison, folder: Path) -> None:
 
 
 def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Column titles and the rows as text."""
-    targets = list(comparison.rows[0].ms)
-    titles = ["way", "asked %", "kept %", "accuracy %", "of the teacher %", "parameters", "MMAC per question"]
-    titles += [f"{target} ms" for target in targets]
-    lines = []
-    for row in comparison.rows:
-        accuracy = mean(row.accuracies)
-        line = [row.way, f"{100 * row.keep:g}", f"{100 * row.kept:.1f}"]
-        line.append(f"{100 * accuracy:.1f} ± {100 * row.spread:.1f}")
-        line += [f"{100 * accuracy / comparison.teacher:.1f}", f"{row.parameters:,}", f"{row.mmacs:.2f}"]
-        lines.append([*line, *(f"{row.ms[target]:.3f}" for target in targets)])
+    """Column titles and the rows as text; the teacher and the unpruned student come first."""
+    asked = "image and question" if "vision" in comparison.parts else "question"
+    titles = ["way", "asked %", "kept %", "accuracy %", "of the teacher %", "parameters", f"MMAC per {asked}"]
+    titles += [f"{name} ms" for name in comparison.teacher.ms]
+    lines, reference = [], mean(comparison.teacher.accuracies)
+    for row in (comparison.teacher, comparison.student, *comparison.rows):
+        accuracy, spread = mean(row.accuracies), f" ± {100 * row.spread:.1f}" if len(row.accuracies) > 1 else ""
+        line = [row.way, f"{100 * row.keep:g}", f"{100 * row.kept:.1f}", f"{100 * accuracy:.1f}{spread}"]
+        line += [f"{100 * accuracy / reference:.1f}", f"{row.parameters:,}", f"{row.mmacs:.2f}"]
+        lines.append([*line, *(f"{ms:.3f}" for ms in row.ms.values())])
     return titles, lines
 
 
@@ -213,8 +276,7 @@ def as_markdown(comparison: Comparison) -> str:
     titles, lines = cells(comparison)
     seeds = len(comparison.rows[0].accuracies)
     text = [
-        f"`{comparison.recipe}`, accuracy on test, mean ± standard deviation of {seeds} seeds; teacher "
-        f"{100 * comparison.teacher:.1f}, unpruned student {100 * comparison.student:.1f}.",
+        f"`{comparison.recipe}`, {' and '.join(comparison.parts)} pruned; accuracy on test, mean ± standard deviation of {seeds} seeds.",
         "",
         "| " + " | ".join(titles) + " |",
         "|---" + "|--:" * (len(titles) - 1) + "|",
@@ -232,14 +294,14 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     for line in lines:
         table.add_row(*line)
     console.print(table)
-    console.print(f"teacher {comparison.teacher:.1%}, unpruned student {comparison.student:.1%}")
 
 
 def plot(comparison: Comparison, path: Path) -> None:
     """Accuracy against what was kept, one line per way, a band of one standard deviation."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     for way in dict.fromkeys(row.way for row in comparison.rows):
         rows = sorted((row for row in comparison.rows if row.way == way), key=lambda row: row.kept)
         x = [100 * row.kept for row in rows]
@@ -248,11 +310,10 @@ def plot(comparison: Comparison, path: Path) -> None:
         (line,) = axes.plot(x, y, marker="o", label=way)
         low, high = ([a + sign * b for a, b in zip(y, spread, strict=True)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.axhline(100 * comparison.teacher, color="black", linestyle=":", label="teacher")
-    axes.axhline(100 * comparison.student, color="gray", linestyle="--", label="unpruned student")
+    axes.axhline(100 * mean(comparison.teacher.accuracies), color="black", linestyle=":", label="teacher")
+    axes.axhline(100 * mean(comparison.student.accuracies), color="gray", linestyle="--", label="unpruned student")
     axes.set(xlabel="kept of what can be removed, %", ylabel="accuracy on test, %")
     axes.invert_xaxis()
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -29,7 +29,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     """
     values = _read(name)
     for override in overrides or []:
-        _apply(values, override)
+        apply_override(values, override)
     return parse_recipe(values, name)
 
 
@@ -77,7 +77,12 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `key.sub=value` in a recipe given as a dictionary.
+
+    Raises:
+        RecipeError: not of this form, or a parent that is no section.
+    """
     dotted, separator, text = override.partition("=")
     if not separator or not dotted:
         raise RecipeError(f"Override '{override}' is not key=value", "Write for example --set teacher.steps=500")

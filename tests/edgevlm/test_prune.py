@@ -17,6 +17,7 @@ from edgevlm.compress.prune import prune
 from edgevlm.compress.structure import METHODS, magnitudes, standardised
 from edgevlm.errors import CheckpointError, RecipeError
 from edgevlm.job import Job
+from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
 from edgevlm.models.groups import groups_of
 from edgevlm.pipeline import run
@@ -114,17 +115,29 @@ def test_compare_side_by_side_and_again(distilled: Job, tmp_path: Path) -> None:
     for row in found.rows:
         assert row.keep - 0.1 < row.kept <= row.keep + 1e-6
         assert len(row.accuracies) == 2
-        assert row.ms["onnx"] > 0
+        assert row.ms["onnx fp32"] > 0
+        assert row.parameters < found.student.parameters
+        assert row.mmacs < found.student.mmacs
+    for row, stage in ((found.teacher, "teacher"), (found.student, "distil")):
+        assert row.accuracies == (read_manifest(run_folder / stage, Checkpoint).metrics["accuracy_test"],)
+        assert row.ms["onnx fp32"] > 0
     text = (run_folder / "compare/prune.md").read_text()
-    assert text.count("\n| ") == 1 + 2
+    assert text.count("\n| ") == 1 + 2 + 2
     with Image.open(run_folder / "compare/prune.png") as picture:
         assert picture.width > 500
     stamps = {path: path.stat().st_mtime_ns for path in run_folder.rglob("model.safetensors")}
     assert compare_prune(run_folder, **settings) == found  # pyright: ignore
     assert {path: path.stat().st_mtime_ns for path in run_folder.rglob("model.safetensors")} == stamps
-    for wrong, message in (({"ways": ("gate",)}, "gates"), ({"keeps": (50.0,)}, "between 0 and 1")):
+    for wrong, message in (
+        ({"ways": ("gate",)}, "gates"),
+        ({"keeps": (50.0,)}, "between 0 and 1"),
+        ({"overrides": ("teacher.steps=9",)}, "section prune only"),
+        ({"overrides": ("prune.step=9",)}, "prune.step"),
+    ):
         with pytest.raises(RecipeError, match=message):
             compare_prune(run_folder, **{**settings, **wrong})  # pyright: ignore
+    with pytest.raises(CheckpointError, match="no calibration set"):
+        compare_prune(run_folder, **settings, precisions=("int8",))  # pyright: ignore
     shutil.rmtree(run_folder / "teacher")
     with pytest.raises(CheckpointError, match="--until distil"):
         compare_prune(run_folder, **settings)  # pyright: ignore
