@@ -295,6 +295,20 @@ class Structure(Frozen):
     """Steps done -> group -> share of its members that were (expected to be) open; empty where nothing was trained."""
 
 
+class TeacherOutputs(Artifact):
+    """A teacher's logits of every training question (`train/outputs-*.parquet`), lined up with the cached regions."""
+
+    kind: Literal["teacher_outputs"] = "teacher_outputs"
+    teacher: str
+    """What the recipe names; `teacher` for the run's own."""
+    teacher_hash: str
+    known: tuple[int, ...]
+    """Answers that the columns stand for, rising: index into `labels.answers`. The teacher says nothing of the others."""
+    num_questions: int
+    accuracy: float
+    """Share of the training questions that it answers as the data do, 0..1; where several annotated, the soft score."""
+
+
 class CalibrationSet(Artifact):
     """A frozen choice of training samples (`calibration.npz`) for quantisers."""
 

@@ -10,6 +10,7 @@ others take part in the stages that say `everywhere`, wait at the others, and le
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,8 @@ from edgevlm.progress import Reporter
 from edgevlm.recipe import Recipe
 
 RUN_FILE = "run.json"
-FROM_OUTSIDE = ("extractor", "start", "tagger", "trunk_weights", "vocab")
-"""Recipe keys, in any section, that may name a file or folder: what lies there enters the key, not its name."""
+FROM_OUTSIDE = ("extractor", "start", "tagger", "teacher", "trunk_weights", "vocab")
+"""Recipe keys, in any section, that may name a file, folder or `module:function`: what it holds enters the key as well."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Stage:
     inputs: tuple[str, ...]
     """Stages whose artifacts it reads."""
     sections: tuple[str, ...]
-    """Top-level recipe keys it reads; a change in any other leaves it done."""
+    """Recipe keys it reads, top-level or dotted; a change in any other leaves it done."""
     everywhere: bool = False
     """Every process of a launch runs it (training does); else the main one alone."""
 
@@ -58,7 +61,7 @@ def stage_keys(stages: tuple[Stage, ...], recipe: Recipe, data_path: str | None)
             {
                 "stage": stage.name,
                 "version": __version__,
-                "sections": {name: values[name] for name in (*stage.sections, "seed")},
+                "sections": {name: reduce(getitem, name.split("."), values) for name in (*stage.sections, "seed")},
                 "inputs": {name: keys[name] for name in stage.inputs},
                 "data": data if "data" in stage.sections else "",
             }
@@ -72,9 +75,21 @@ def _with_contents(section: dict[str, Any]) -> dict[str, Any]:
     for name, value in section.items():
         if isinstance(value, dict):
             found[name] = _with_contents(value)
-        elif name in FROM_OUTSIDE and isinstance(value, str) and Path(value).exists():
-            found[name] = weights_fingerprint(Path(value))
+        elif name in FROM_OUTSIDE and isinstance(value, str):
+            found[name] = _content(value)
     return found
+
+
+def _content(where: str) -> str:
+    """Fingerprint of the file or folder, or of the function's module; the name itself for anything else (a hub's)."""
+    if Path(where).exists():
+        return weights_fingerprint(Path(where))
+    module, _, function = where.partition(":")
+    with contextlib.suppress(ImportError, ValueError):
+        spec = importlib.util.find_spec(module) if function else None
+        if spec is not None and spec.origin is not None:
+            return f"{where} {weights_fingerprint(Path(spec.origin))}"
+    return where
 
 
 def weights_fingerprint(path: Path) -> str:

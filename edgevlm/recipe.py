@@ -1,6 +1,6 @@
 """The typed recipe: everything that decides a run. Unknown keys are refused; `edgevlm/recipes` reads it from YAML."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -158,6 +158,10 @@ class PretrainSection(TrainSection):
     """Regions scoring below give no tag."""
     tagger: str | None = None
     """Checkpoint folder of a stronger detector that makes the tags, used in this stage only; None = the model's own."""
+    teacher: str | None = None
+    """Checkpoint folder of a pre-trained teacher with this run's vocabulary, preprocessing and extractor; None = none."""
+    kd_weight: float = Field(0.4, ge=0, le=1)
+    """With a teacher, loss = (1 - kd_weight) x own + kd_weight x imitation (EfficientVLM's general distillation)."""
 
     @model_validator(mode="after")
     def _at_most_all(self) -> "PretrainSection":
@@ -203,13 +207,54 @@ class SyntheticSection(FineTuneSection):
     """Of the later stages: the dataset's labels are noisy."""
 
 
+LayerMap = Literal["even"] | tuple[Annotated[int, Field(ge=0)], ...]
+"""Teacher layer for each student layer, counted from 0; `even`: spread over its depth, last to last (2:1 gives 1, 3, 5 ...)."""
+
+
 class DistilSection(TeacherSection):
-    kd_weight: float = Field(0.5, ge=0, le=1)
-    """loss = (1 - kd_weight) x task + kd_weight x distillation (EfficientVLM, section 3)."""
-    hidden_weight: float = Field(0.1, ge=0)
-    attention_weight: float = Field(1.0, ge=0)
+    """Learn from a teacher. A weight of None is EfficientVLM's for the task (`compress/distil.py`, docs/distillation.md)."""
+
+    teacher: str | None = None
+    """Instead of training one: a checkpoint folder of this run's vocabulary, preprocessing and extractor. Or what looks at
+    images itself and gives logits alone: a BLIP, ViLT or BridgeTower as a Hugging Face folder or hub name, or
+    `module:function`."""
+    precompute: bool = False
+    """Read the teacher's logits from the stage `teacher_outputs` instead of running it in every step. A teacher that looks
+    at images always is."""
+    kd_weight: float | None = Field(None, ge=0, le=1)
+    """loss = (1 - kd_weight) x task + kd_weight x distillation."""
+    hidden_weight: float | None = Field(None, ge=0)
+    """Of the mean over layers of the squared error of hidden states."""
+    attention_weight: float | None = Field(None, ge=0)
+    """Of the mean over layers of the squared error of attention maps, times the number of keys."""
+    layer_map: LayerMap = "even"
+    nce_weight: float = Field(0.0, ge=0)
+    """Of telling the teacher's state of a question from those of earlier ones (DistillVLM)."""
+    nce_queue: int = Field(4096, gt=0)
+    """Earlier states to tell it from."""
     start: str | None = None
     """As in `teacher.start`; or `teacher`: the teacher's embeddings, heads and the layers that the student imitates."""
+
+    @model_validator(mode="after")
+    def _logits_only(self) -> "DistilSection":
+        if self.precompute and (self.hidden_weight or self.attention_weight):
+            raise ValueError(
+                "precompute keeps logits only: attention_weight and hidden_weight need the live teacher; drop one of them"
+            )
+        return self
+
+
+class TeacherOutputsSection(Section):
+    """What the teacher says of every training question, written once."""
+
+    batch_size: int = Field(64, gt=0)
+    dtype: Literal["float32", "float16"] = "float32"
+    """On disk; float16 halves the files and rounds logits to three digits."""
+    pooled: bool = False
+    """Keep the pooled state of each question as well (of a checkpoint of ours), which `distil.nce_weight` needs."""
+    candidates: int | None = Field(None, gt=0)
+    """A teacher that writes its answers (BLIP) scores only so many, those with the likeliest first word, and gives the
+    others no probability; None = every answer of the list. BLIP's own evaluation takes 128."""
 
 
 class RetrievalSection(FineTuneSection):
@@ -265,6 +310,7 @@ class PruneSection(TrainSection):
     kd_weight: float = Field(0.5, ge=0, le=1)
     hidden_weight: float = Field(0.1, ge=0)
     attention_weight: float = Field(1.0, ge=0)
+    layer_map: LayerMap = "even"
 
     @field_validator("parts")
     @classmethod
@@ -389,6 +435,7 @@ class Recipe(Section):
     synthetic: SyntheticSection | None = None
     """Learn from drawn sentences before the teacher and beside real ones; None = real ones only."""
     teacher: TeacherSection
+    teacher_outputs: TeacherOutputsSection = TeacherOutputsSection()  # pyright: ignore[reportCallIssue]
     distil: DistilSection
     retrieval: RetrievalSection | None = None
     """Image-text retrieval, where the run has that stage."""
@@ -408,4 +455,14 @@ class Recipe(Section):
     def _one_start(self) -> "Recipe":
         if self.pretrain is not None and self.teacher.start is not None:
             raise ValueError("teacher.start and pretrain exclude each other: the teacher starts from one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _what_outputs_hold(self) -> "Recipe":
+        if self.distil.precompute and self.distil.nce_weight and not self.teacher_outputs.pooled:
+            raise ValueError("distil.nce_weight with distil.precompute needs teacher_outputs.pooled: true")
+        if self.distil.precompute and self.synthetic is not None:
+            raise ValueError(
+                "distil.precompute and synthetic exclude each other: drawn sentences are new in every step"
+            )
         return self

@@ -25,7 +25,7 @@ from edgevlm.artifacts import (
 )
 from edgevlm.bench.local import bench_bundle
 from edgevlm.compress import prune as pruning
-from edgevlm.compress.distil import distil
+from edgevlm.compress.distil import check_distil, distil
 from edgevlm.compress.trim import check_rungs, trim
 from edgevlm.data import open_reader
 from edgevlm.data.frames import Frames, Questions, make_questions
@@ -35,6 +35,7 @@ from edgevlm.job import Job
 from edgevlm.manifests import read_manifest, write_manifest
 from edgevlm.models.backbone import create_trunk
 from edgevlm.models.registry import resolve_fusion, resolve_tee
+from edgevlm.models.teachers import is_checkpoint, is_foreign
 from edgevlm.models.text_weights import find_folder
 from edgevlm.pipeline import Stage
 from edgevlm.recipe import Recipe
@@ -51,6 +52,8 @@ from edgevlm.train.pretraining import check_pretraining, pretrain
 from edgevlm.train.reasoning import check_synthetic, finetune_reasoning, pretrain_reasoning
 from edgevlm.train.regions import cache_regions
 from edgevlm.train.retrieval import train_retrieval
+from edgevlm.train.teacher_outputs import are_wanted, teacher_outputs
+from edgevlm.train.teachers import adopt_teacher
 from edgevlm.train.transfer import adopt_extractor
 from targets.base import check_target, load_exporter
 
@@ -74,7 +77,9 @@ def detector(job: Job) -> Checkpoint:
 
 
 def teacher(job: Job) -> Checkpoint:
-    """The large model: from real questions alone, or going on from drawn ones."""
+    """The large model: the one that the recipe names, or from real questions alone, or going on from drawn ones."""
+    if is_checkpoint(job.recipe.distil.teacher):
+        return adopt_teacher(job)
     return finetune_reasoning(job) if job.recipe.synthetic else train_teacher(job)
 
 
@@ -250,6 +255,7 @@ def check(recipe: Recipe, data_path: str | None) -> None:
             find_folder(where)
     if "export" not in [stage.name for stage in stages_of(recipe)]:
         return
+    check_distil(recipe)
     student = resolve_fusion(recipe.distil.fusion)
     check_rungs(recipe.trim, len(student.layer_heads), resolve_tee(recipe.tee).num_regions)
     for target in recipe.export.targets:
@@ -283,6 +289,14 @@ SYNTHETIC = Stage("synthetic", pretrain_reasoning, ("detector", *_MODEL), ("data
 """The same for drawn sentences."""
 PRUNED_REGIONS = Stage("pruned_regions", pruned_regions, ("prune",), (*_DATA, "regions"), everywhere=True)
 """Behind `prune`, where that changes the extractor."""
+TEACHER_OUTPUTS = Stage(
+    "teacher_outputs",
+    teacher_outputs,
+    ("detector", "teacher", "regions"),
+    ("data", "task", "teacher_outputs", "distil.teacher"),
+    everywhere=True,
+)
+"""Before the student, where it reads a teacher's outputs instead of running it."""
 FINE_TUNING: dict[str, Stage] = {
     "retrieval": Stage(
         "retrieval", train_retrieval, ("detector", *_MODEL), ("data", "task", "retrieval"), everywhere=True
@@ -300,7 +314,8 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
 
     Detection ends with the detector, and task `pretraining` with pre-training, for there is nothing to answer;
     fine-tuning on retrieval, pairs or captioning follows the cached regions. Otherwise pre-training, where there is
-    such a section, stands before whatever is trained on the regions.
+    such a section, stands before whatever is trained on the regions. A teacher's outputs, where they are read, stand
+    before the student, and the regions of a pruned extractor before `trim`.
     """
     names = [stage.name for stage in STAGES]
     if recipe.task == "detection":
@@ -309,10 +324,6 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
     before, behind = STAGES[:at], STAGES[at:]
     if recipe.task == "pretraining":
         return (*before, PRETRAIN)
-    if "vision" in recipe.prune.parts:
-        place = [stage.name for stage in behind].index("trim")
-        trimming = replace(behind[place], run=trim_pruned, inputs=(*behind[place].inputs, "pruned_regions"))
-        behind = (*behind[:place], PRUNED_REGIONS, trimming, *behind[place + 1 :])
     ends = tuple(stage for section, stage in FINE_TUNING.items() if getattr(recipe, section) is not None)
     if ends:
         behind = ends
@@ -320,7 +331,21 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
         if section is not None:
             first = replace(behind[0], inputs=(*behind[0].inputs, stage.name))
             behind = (stage, first, *behind[1:])
-    return (*before, *behind)
+    return (*before, *(stage for one in behind for stage in _as_asked(one, recipe)))
+
+
+def _as_asked(stage: Stage, recipe: Recipe) -> tuple[Stage, ...]:
+    """A stage as the recipe's choices change it (a teacher of its own, an extractor that is pruned), behind what it needs."""
+    if stage.name == "teacher" and is_checkpoint(recipe.distil.teacher):
+        return (replace(stage, sections=(*stage.sections, "distil.teacher")),)
+    if stage.name == "distil" and are_wanted(recipe):
+        outputs = TEACHER_OUTPUTS
+        if is_foreign(recipe.distil.teacher):
+            outputs = replace(outputs, inputs=("detector", "regions"))
+        return (outputs, replace(stage, inputs=(*stage.inputs, outputs.name)))
+    if stage.name == "trim" and "vision" in recipe.prune.parts:
+        return (PRUNED_REGIONS, replace(stage, run=trim_pruned, inputs=(*stage.inputs, PRUNED_REGIONS.name)))
+    return (stage,)
 
 
 def last_training(recipe: Recipe) -> str:

@@ -1,22 +1,30 @@
-"""Stage `distil`: a smaller fusion learns from the teacher's logits, attention maps and hidden states.
+"""Stage `distil`: a smaller fusion learns from a teacher's logits, attention maps and hidden states.
 
 The teacher looks at the student's boxes (feature alignment, DistillVLM); the loss terms and their form follow
-EfficientVLM's stage 1 and 2: (1 - w) task + w (KL(logits) + a * keys * MSE(attention) + h * MSE(hidden)).
+EfficientVLM: (1 - w) task + w (KL(logits) + a * keys * MSE(attention) + h * MSE(hidden)), and optionally DistillVLM's
+contrast. A teacher whose outputs were written down (`train/teacher_outputs.py`) gives logits alone.
 """
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgevlm.artifacts import Checkpoint
-from edgevlm.errors import CheckpointError, RecipeError
+from edgevlm.artifacts import Checkpoint, TeacherOutputs
+from edgevlm.errors import RecipeError
 from edgevlm.job import Job
+from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
 from edgevlm.models.fusion import FusionOutput
+from edgevlm.models.registry import resolve_fusion
+from edgevlm.models.teachers import check_foreign, is_foreign
 from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM
-from edgevlm.recipe import DistilSection, PruneSection
+from edgevlm.recipe import DistilSection, LayerMap, PruneSection, Recipe
 from edgevlm.tasks import answers as task
+from edgevlm.tasks.distillation import StateContrast, attention_loss, logit_loss, projection
 from edgevlm.train.answering import (
     answering_model,
     evaluate,
@@ -27,67 +35,149 @@ from edgevlm.train.answering import (
     save_answering,
     warm,
 )
+from edgevlm.train.loop import Batch
 from edgevlm.train.regions import AnswerBatch
+from edgevlm.train.teacher_outputs import OutputBatch, Outputs, are_wanted
+from edgevlm.train.teachers import check_language
+
+__all__ = ["DistilObjective", "Distiller", "distil", "layer_map", "load_teacher", "logit_loss", "published"]
+
+PUBLISHED = {
+    "vqa": {"kd_weight": 0.4, "attention_weight": 1.5, "hidden_weight": 1.5},
+    "reasoning": {"kd_weight": 0.2, "attention_weight": 0.99, "hidden_weight": 0.99},
+    "entailment": {"kd_weight": 0.2, "attention_weight": 0.99, "hidden_weight": 0.99},
+}
+"""EfficientVLM's weights of its cross-modal encoder (here: the fusion), by task. The code sums over layers and the weights
+here are of means: VQA 0.5 x 3 layers, NLVR2 0.33 x 0.5 x 6. It has no entailment: ours is NLVR2's."""
 
 
-def layer_map(num_student: int, num_teacher: int) -> list[int]:
-    """Teacher layer that each student layer imitates: evenly spread, last to last (2:1 gives 1, 3, 5 ...)."""
-    return [round((i + 1) * num_teacher / num_student) - 1 for i in range(num_student)]
+def published(section: DistilSection, recipe: Recipe) -> DistilSection:
+    """The section with every weight that it leaves open; where the teacher's logits are read, nothing else is imitated."""
+    weights: dict[str, float] = dict(PUBLISHED.get(recipe.task, PUBLISHED["vqa"]))
+    if are_wanted(recipe):
+        weights |= {"attention_weight": 0.0, "hidden_weight": 0.0}
+    return section.model_copy(update={k: v for k, v in weights.items() if getattr(section, k) is None})
+
+
+def layer_map(num_student: int, num_teacher: int, asked: LayerMap = "even") -> list[int]:
+    """Teacher layer that each student layer imitates: evenly spread, last to last (2:1 gives 1, 3, 5 ...), or as asked.
+
+    Raises:
+        RecipeError: the map does not fit the two depths.
+    """
+    layers = [round((i + 1) * num_teacher / num_student) - 1 for i in range(num_student)]
+    if asked == "even":
+        if num_student > num_teacher:
+            raise RecipeError(
+                f"A student of {num_student} layers cannot spread over the {num_teacher} of its teacher",
+                "Give distil.layer_map one teacher layer for each student layer, or the student fewer layers",
+            )
+        return layers
+    if len(asked) != num_student or list(asked) != sorted(asked) or asked[-1] >= num_teacher:
+        raise RecipeError(
+            f"layer_map {list(asked)} does not fit: it needs {num_student} teacher layers (one for each of the student's), "
+            f"each from 0 to {num_teacher - 1}, none before its predecessor",
+            f"Write for example {layers}" if num_student <= num_teacher else "Repeat some layers",
+        )
+    return list(asked)
 
 
 class Distiller(nn.Module):
-    """Loss of a student against a frozen teacher; holds the projections between different widths."""
+    """Loss of a student against a frozen teacher; holds the projections between different widths.
 
-    def __init__(self, student: VLM, teacher: VLM, hidden_weight: float, attention_weight: float) -> None:
+    Hidden states are compared layer by layer, and the embeddings' output with the embeddings' output.
+    """
+
+    def __init__(
+        self,
+        student: VLM,
+        teacher: VLM,
+        hidden_weight: float,
+        attention_weight: float,
+        layers: LayerMap = "even",
+    ) -> None:
         super().__init__()
         depths = len(student.config.fusion.layer_heads), len(teacher.config.fusion.layer_heads)
-        self.pairs = list(enumerate(layer_map(*depths)))
+        self.pairs = list(enumerate(layer_map(*depths, layers)))
+        self.states = [(0, 0), *((i + 1, j + 1) for i, j in self.pairs)]
         self.hidden_weight, self.attention_weight = hidden_weight, attention_weight
         widths = student.config.fusion.hidden, teacher.config.fusion.hidden
-        self.projections = nn.ModuleList(nn.Linear(*widths) for _ in self.pairs)
+        self.projections = nn.ModuleList(projection(*widths) for _ in self.states if hidden_weight)
 
     def forward(
         self, student_logits: Tensor, student: FusionOutput, teacher_logits: Tensor, teacher: FusionOutput
     ) -> Tensor:
         loss = logit_loss(student_logits, teacher_logits)
-        num_keys = student.attention_BHTT[0].shape[-1]
-        for (i, j), projection in zip(self.pairs, self.projections, strict=True):
-            hidden = F.mse_loss(projection(student.hidden_BTD[i + 1]), teacher.hidden_BTD[j + 1])
-            # Head counts differ, so the maps are compared as means over heads.
-            maps = student.attention_BHTT[i].mean(1), teacher.attention_BHTT[j].mean(1)
-            loss = loss + (self.hidden_weight * hidden + self.attention_weight * num_keys * F.mse_loss(*maps)) / len(
-                self.pairs
-            )
+        if self.attention_weight:
+            losses = [attention_loss(student.attention_BHTT[i], teacher.attention_BHTT[j]) for i, j in self.pairs]
+            loss = loss + self.attention_weight / len(losses) * torch.stack(losses).sum()
+        if self.hidden_weight:
+            losses = [
+                F.mse_loss(project(student.hidden_BTD[i]), teacher.hidden_BTD[j])
+                for (i, j), project in zip(self.states, self.projections, strict=True)
+            ]
+            loss = loss + self.hidden_weight / len(losses) * torch.stack(losses).sum()
         return loss
 
 
-def logit_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(teacher || student) per sample, temperature 1."""
-    return F.kl_div(
-        student_logits.log_softmax(1), teacher_logits.log_softmax(1), reduction="batchmean", log_target=True
-    )
-
-
 class DistilObjective(nn.Module):
-    """Task loss + distillation (+ referred regions)."""
+    """Task loss + distillation (+ referred regions).
+
+    Args:
+        student: trained.
+        teacher: run in every step, unless the steps bring its outputs.
+        section: the weights, none of them open.
+        referred_weight: of the auxiliary loss.
+        known: answers that a batch's teacher outputs stand for; None = all.
+    """
+
+    known: Tensor
 
     def __init__(
-        self, student: VLM, teacher: VLM, section: DistilSection | PruneSection, referred_weight: float
+        self,
+        student: VLM,
+        teacher: VLM,
+        section: DistilSection | PruneSection,
+        referred_weight: float,
+        known: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
-        self.distiller = Distiller(student, teacher, section.hidden_weight, section.attention_weight)
-        self.kd_weight, self.referred_weight = section.kd_weight, referred_weight
+        weights = section.hidden_weight or 0.0, section.attention_weight or 0.0
+        self.distiller = Distiller(student, teacher, *weights, section.layer_map)
+        self.kd_weight, self.referred_weight = section.kd_weight or 0.0, referred_weight
+        self.nce_weight = section.nce_weight if isinstance(section, DistilSection) else 0.0
+        self.contrast = None
+        if isinstance(section, DistilSection) and section.nce_weight:
+            widths = student.config.fusion.hidden, teacher.config.fusion.hidden
+            self.contrast = StateContrast(*widths, section.nce_queue)
+        known = range(student.head.outer.out_features) if known is None else known
+        self.register_buffer("known", torch.tensor(list(known)), persistent=False)
         self._teacher = [teacher.eval().requires_grad_(False)]  # a list: not a submodule, so not in snapshots
         freeze_extractor(student)
 
-    def forward(self, batch: AnswerBatch, teacher_regions: Regions | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch; `teacher_regions` are the teacher's own view of the same boxes, if it has one."""
-        teacher = self._teacher[0].to(batch.input_ids.device)
-        with torch.no_grad():
-            target = teacher.answer(teacher_regions or batch.regions, batch.input_ids)
+    def forward(
+        self, batch: AnswerBatch, outputs: OutputBatch | None = None, teacher_regions: Regions | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch.
+
+        Args:
+            batch: the student's regions, and questions about them.
+            outputs: what the teacher said of them, where it is not run.
+            teacher_regions: its own view of the same boxes, if it has one.
+        """
         answer = self.student.answer(batch.regions, batch.input_ids)
-        imitation = self.distiller(answer.logits_BA, answer.fusion, target.logits_BA, target.fusion)
+        if outputs is None:
+            teacher = self._teacher[0].to(batch.input_ids.device)
+            with torch.no_grad():
+                target = teacher.answer(teacher_regions or batch.regions, batch.input_ids)
+            imitation = self.distiller(answer.logits_BA, answer.fusion, target.logits_BA, target.fusion)
+            pooled = target.fusion.pooled_BD
+        else:
+            imitation = logit_loss(answer.logits_BA[:, self.known], outputs.logits_BK)
+            pooled = outputs.pooled_BD
+        if self.contrast is not None:
+            imitation = imitation + self.nce_weight * self.contrast(answer.fusion.pooled_BD, pooled)
         truth = batch.answers, batch.targets
         task_loss = task.loss(answer.logits_BA, *truth)
         loss = (1 - self.kd_weight) * task_loss + self.kd_weight * imitation
@@ -98,22 +188,17 @@ class DistilObjective(nn.Module):
 
 
 def load_teacher(job: Job, student: Checkpoint) -> VLM:
-    """The teacher, checked to speak the student's language.
+    """The run's teacher, checked to speak the student's language.
 
     Raises:
         CheckpointError: other labels, vocabulary or preprocessing.
     """
     teacher, manifest = vlm.load(job.inputs["teacher"])
-    for what in ("labels", "tokenizer", "preprocess"):
-        if getattr(manifest, what) != getattr(student, what):
-            raise CheckpointError(
-                f"The teacher in {job.inputs['teacher']} has other {what} than the student",
-                "Train both from the same `prepare` stage",
-            )
+    check_language(manifest, student, job.inputs["teacher"])
     return teacher
 
 
-def start_from_teacher(student: VLM, teacher: VLM) -> None:
+def start_from_teacher(student: VLM, teacher: VLM, asked: LayerMap = "even") -> None:
     """Copy the teacher's weights into the student: everything outside the layers, and the layers that it imitates.
 
     Raises:
@@ -121,7 +206,7 @@ def start_from_teacher(student: VLM, teacher: VLM) -> None:
     """
     theirs = teacher.state_dict()
     depths = len(student.config.fusion.layer_heads), len(teacher.config.fusion.layer_heads)
-    layers = {f"fusion.layers.{i}.": f"fusion.layers.{j}." for i, j in enumerate(layer_map(*depths))}
+    layers = {f"fusion.layers.{i}.": f"fusion.layers.{j}." for i, j in enumerate(layer_map(*depths, asked))}
     state: dict[str, Tensor] = {}
     for name, value in student.state_dict().items():
         source = next((name.replace(mine, other, 1) for mine, other in layers.items() if name.startswith(mine)), name)
@@ -134,19 +219,60 @@ def start_from_teacher(student: VLM, teacher: VLM) -> None:
     student.load_state_dict(state)
 
 
+def check_distil(recipe: Recipe) -> None:
+    """Find the mistakes of the sections `distil` and `teacher_outputs`, before anything runs.
+
+    Raises:
+        RecipeError: terms that the teacher cannot give, or a layer map that does not fit.
+        CheckpointError: there is no such teacher.
+    """
+    section, where = recipe.distil, recipe.distil.teacher
+    fusion = resolve_fusion(recipe.teacher.fusion)
+    if is_foreign(where):
+        asked = {
+            "distil.attention_weight": section.attention_weight,
+            "distil.hidden_weight": section.hidden_weight,
+            "distil.nce_weight": section.nce_weight,
+            "teacher_outputs.pooled": recipe.teacher_outputs.pooled,
+            "synthetic": recipe.synthetic,
+        }
+        if wrong := [name for name, value in asked.items() if value]:
+            raise RecipeError(
+                f"{where} looks at images and gives logits alone; {wrong[0]} needs a teacher that runs on cached regions",
+                f"Drop {wrong[0]}, or name a checkpoint of edgevlm",
+            )
+        check_foreign(where)
+    elif where is not None:
+        fusion = read_manifest(Path(where), Checkpoint, check_files=False).model.fusion
+    depths = len(resolve_fusion(section.fusion).layer_heads), len(fusion.layer_heads)
+    for asked_map in (section.layer_map, recipe.prune.layer_map):
+        layer_map(*depths, asked_map)
+
+
 def distil(job: Job) -> Checkpoint:
     """Train the student's fusion under the teacher; the extractor is the detector's."""
-    recipe, section = job.recipe, job.recipe.distil
+    recipe, section = job.recipe, published(job.recipe.distil, job.recipe)
     detector, manifest = vlm.load(job.inputs["detector"])
     teacher = load_teacher(job, manifest)
     torch.manual_seed(recipe.seed + 2)
     student = answering_model(detector, manifest, section)
     if section.start == "teacher":
-        start_from_teacher(student, teacher)
+        start_from_teacher(student, teacher, section.layer_map)
     else:
         warm(student, job, section, manifest)
-    objective = DistilObjective(student, teacher, section, recipe.referred_weight)
-    fit_answers(objective, student, job, section, what="distil", seed=recipe.seed + 2)
+    known, beside = None, None
+    if are_wanted(recipe):
+        known, beside = _open_outputs(job)
+    objective = DistilObjective(student, teacher, section, recipe.referred_weight, known)
+    fit_answers(objective, student, job, section, what="distil", seed=recipe.seed + 2, beside=beside)
     metrics = evaluate(student, job)
     report(job, "student", metrics)
     return save_answering(job, student, manifest, metrics)
+
+
+def _open_outputs(job: Job) -> tuple[tuple[int, ...], Callable[[Tensor], Batch]]:
+    """The answers that the teacher knows, and what it said of given questions."""
+    folder = job.inputs["teacher_outputs"]
+    artifact = read_manifest(folder, TeacherOutputs)
+    outputs = Outputs(folder, artifact.num_questions)
+    return artifact.known, lambda questions: {"outputs": outputs.batch(questions)}

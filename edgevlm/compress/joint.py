@@ -61,7 +61,7 @@ class JointObjective(nn.Module):
             pad_id = self.student.fusion.pad_id
             teacher_regions = join(batch._replace(regions=teacher_regions), drawn, pad_id).regions
             batch = join(batch, drawn, pad_id)
-        loss, logs = self.inner(batch, teacher_regions)
+        loss, logs = self.inner(batch, teacher_regions=teacher_regions)
         return loss + self.extractor_weight * extractor_loss, {**logs, "extractor": extractor_loss.detach()}
 
 
@@ -149,6 +149,7 @@ def fit_images(
         key=f"{job.provenance.key}-{what}",
         seed=seed,
         reporter=job.reporter,
+        names=lambda rows: [source.names[i] for i in source.rows[rows].tolist()],
         **settings,
     )
     if drawn is not None:

@@ -4,7 +4,7 @@ import collections
 import itertools
 import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,6 +47,10 @@ class Frames:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def ids_of(self, rows: Sequence[int]) -> list[str]:
+        """Sample ids of some images."""
+        return [self.ids[row] for row in rows]
 
 
 @dataclass
@@ -167,11 +171,7 @@ def materialise_shards(
     size: int,
     wanted: Callable[[int], bool],
 ) -> Iterator[tuple[int, Frames]]:
-    """Read a split in shards of `size` samples, so that it never lies in memory as a whole.
-
-    Args:
-        wanted: number of a shard -> whether to make it; the samples of the others are drawn only by readers that
-            cannot make any sample by itself.
+    """Read a split in shards of `size` samples (`sample_shards`), so that it never lies in memory as a whole.
 
     Yields:
         Number of the shard, and its frames.
@@ -179,13 +179,32 @@ def materialise_shards(
     Raises:
         DataError: as `materialise`, a split without samples included.
     """
+    for shard, samples in sample_shards(reader, split, limit, size, wanted):
+        yield shard, materialise(_Part(reader, samples), split, size, spec)
+
+
+def sample_shards(
+    reader: Reader, split: str, limit: int | None, size: int, wanted: Callable[[int], bool]
+) -> Iterator[tuple[int, Iterator[Sample]]]:
+    """The samples of a split in shards of `size`; each shard is to be used up before the next is asked for.
+
+    Args:
+        wanted: number of a shard -> whether to make it; the samples of the others are drawn only by readers that
+            cannot make any sample by itself.
+
+    Yields:
+        Number of the shard, and its samples.
+
+    Raises:
+        DataError: a malformed sample, or a split without any.
+    """
     if isinstance(reader, RandomAccess):
         total = reader.num_samples(split, limit)
         if total == 0:
             raise _empty(split)
         for shard in filter(wanted, range(-(-total // size))):
             indices = range(shard * size, min((shard + 1) * size, total))
-            yield shard, materialise(_Part(reader, (reader.sample(split, i) for i in indices)), split, size, spec)
+            yield shard, (reader.sample(split, i) for i in indices)
         return
     samples = iter(reader.samples(split, limit))
     for shard in itertools.count():
@@ -196,7 +215,7 @@ def materialise_shards(
                 raise _empty(split)
             return
         if wanted(shard):
-            yield shard, materialise(_Part(reader, itertools.chain([first], part)), split, size, spec)
+            yield shard, itertools.chain([first], part)
         else:
             collections.deque(part, maxlen=0)
 

@@ -56,6 +56,10 @@ class Pictures:
         jobs = [(row, spec, np.random.default_rng((seed, place))) for place, row in enumerate(rows)]
         return list(self._pool.map(self._one, jobs))
 
+    def ids(self, rows: Sequence[int]) -> list[str]:
+        """Sample ids of some rows."""
+        return [self._sample(row).id for row in rows]
+
     def _one(self, job: tuple[int, PreprocessSpec, np.random.Generator]) -> Picture:
         row, spec, rng = job
         sample = self._sample(row)

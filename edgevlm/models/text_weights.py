@@ -70,8 +70,14 @@ class TextConfig(BaseModel):
     is_decoder: bool = False
 
 
-def find_folder(where: str) -> Path:
-    """The local folder of a text model: `where` itself, or the snapshot of a model of that name on the Hugging Face hub.
+def find_folder(
+    where: str, descriptions: Sequence[str] = DESCRIPTIONS, weight_files: Sequence[str] = WEIGHT_FILES
+) -> Path:
+    """The local folder of a model: `where` itself, or the snapshot of a model of that name on the Hugging Face hub.
+
+    Args:
+        where: folder or name.
+        descriptions, weight_files: what is downloaded; of the weights the first that is there.
 
     Raises:
         CheckpointError: no such folder, and the hub does not have it or cannot be reached.
@@ -83,8 +89,8 @@ def find_folder(where: str) -> Path:
 
     folder = Path()
     try:
-        for weights in WEIGHT_FILES:  # one after the other: many models offer both, hundreds of megabytes each
-            folder = Path(snapshot_download(where, allow_patterns=[*DESCRIPTIONS, weights]))
+        for weights in weight_files:  # one after the other: many models offer both, hundreds of megabytes each
+            folder = Path(snapshot_download(where, allow_patterns=[*descriptions, weights]))
             if (folder / weights).is_file():
                 break
         return folder

@@ -1,5 +1,6 @@
 """Training and evaluating answers on cached regions; stage `teacher`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from edgevlm.tasks.entailment import per_class_accuracy
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.drawn import open_drawn
 from edgevlm.train.loop import Batch, fit
-from edgevlm.train.regions import AnswerBatch, RegionSplit, cached_splits
+from edgevlm.train.regions import AnswerBatch, RegionSplit, cached_splits, image_ids
 from edgevlm.train.warm_start import warm_start
 
 
@@ -101,12 +102,13 @@ def fit_answers(
     seed: int,
     min_regions: int = 1,
     with_trace: bool = False,
+    beside: Callable[[Tensor], Batch] | None = None,
     **settings: Any,
 ) -> None:
     """Train on the cached regions of the training split, on the questions with a known answer.
 
     Where the recipe has `synthetic`, drawn sentences join every batch; `with_trace` hands the objective their trace as
-    well. `settings` go on to `fit`.
+    well. `beside` gives further keyword arguments of the objective for given questions. `settings` go on to `fit`.
     """
     split = RegionSplit.load(job.inputs["regions"], "train")
     usable = split.answerable()
@@ -116,7 +118,7 @@ def fit_answers(
     def make_batch(rows: Tensor) -> Batch:
         real = batch_of(model, split, usable[rows], min_regions)
         if drawn is None or synthetic is None:
-            return {"batch": real}
+            return {"batch": real} | (beside(usable[rows]) if beside else {})
         mixed, trace = drawn.beside(real, rows, synthetic.mix, model.config.fusion.parts)
         return {"batch": mixed, "trace": trace} if with_trace else {"batch": mixed}
 
@@ -130,6 +132,7 @@ def fit_answers(
         key=f"{job.provenance.key}-{what}",
         seed=seed,
         reporter=job.reporter,
+        names=lambda rows: image_ids(job.inputs["regions"], "train", split.image_index[usable[rows]]),
         **settings,
     )
     if drawn is not None:

@@ -34,7 +34,7 @@ from edgevlm.train.batches import generator_of
 from edgevlm.train.captions import fit_captions, load_captions
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.loop import fit
-from edgevlm.train.regions import RegionSplit, cached_splits
+from edgevlm.train.regions import RegionSplit, cached_splits, image_ids
 from edgevlm.train.start import fine_tuning_model
 from edgevlm.train.tags import own_tags, region_classes
 
@@ -154,6 +154,7 @@ def _fit(
         key=f"{job.provenance.key}-{what}",
         seed=job.recipe.seed + 1,
         reporter=job.reporter,
+        names=lambda chosen: image_ids(job.inputs["regions"], "train", train.image_index[rows[chosen]]),
     )
 
 

@@ -127,11 +127,12 @@ def train_detector(job: Job) -> Checkpoint:
             reader.num_samples("val", recipe.data.num_val)
         pictures = Pictures(reader, "train", recipe.data.num_train, section.augment)
         num_rows, make_batch = pictures_source(pictures, vocabulary.preprocess, section, num_attributes)
+        ids_of = pictures.ids
     else:
         limits = [limit for limit in (recipe.data.num_train, section.num_images) if limit is not None]
-        num_rows, make_batch = frames_source(
-            load_frames(job, "train", min(limits, default=None), texts=False), num_attributes
-        )
+        frames = load_frames(job, "train", min(limits, default=None), texts=False)
+        num_rows, make_batch = frames_source(frames, num_attributes)
+        ids_of = frames.ids_of
     if isinstance(reader, Reporting) and (counts := reader.problems.counts):
         left_out = ", ".join(f"{number} x {kind}" for kind, number in counts.most_common())
         job.reporter.say(f"  malformed records left out: {left_out}")
@@ -160,6 +161,7 @@ def train_detector(job: Job) -> Checkpoint:
         key=job.provenance.key,
         seed=recipe.seed,
         reporter=job.reporter,
+        names=lambda rows: ids_of(rows.tolist()),
     )
     tee = model.tee.eval()
     tee.resize((vocabulary.preprocess.height, vocabulary.preprocess.width))

@@ -48,7 +48,7 @@ class ImageQuestions:
 
     def __init__(self, frames: Frames, tokenizer: Tokenizer, labels: Labels, per_image: int) -> None:
         questions = make_questions(frames, tokenizer, labels)
-        self.per_image, self.num_answers = per_image, len(labels.answers)
+        self.names, self.per_image, self.num_answers = frames.ids, per_image, len(labels.answers)
         self.pixels, self.pad_id = torch.from_numpy(frames.pixels), tokenizer.spec.pad_id
         self.input_ids, self.answers = torch.from_numpy(questions.input_ids), torch.from_numpy(questions.answers)
         self.ids, self.soft, _ = annotators(frames, labels)

@@ -6,6 +6,7 @@ run goes on exactly where its snapshot was taken.
 """
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable
@@ -34,6 +35,12 @@ SNAPSHOTS = ".snapshot-*"
 
 LOG_EVERY = 10
 """Steps between entries of the log."""
+
+BAD_BATCH = SNAPSHOTS.replace("*", "{}-bad-batch.json")
+"""Where `fit` writes which rows were in the batch that it stopped at."""
+
+NAMED = 4
+"""Samples that an error names; the file has all."""
 
 RANK_SEED = 7919
 """Between the seeds of two processes: each drops other neurons."""
@@ -76,6 +83,7 @@ def fit(
     groups: list[dict[str, Any]] | None = None,
     before_step: Callable[[int], None] | None = None,
     after_step: Callable[[int], None] | None = None,
+    names: Callable[[Tensor], list[str]] | None = None,
 ) -> dict[str, float]:
     """Minimise `objective` for `section.steps` steps; resumes from a snapshot of the same `key` in `work_dir`.
 
@@ -84,14 +92,15 @@ def fit(
             depends on the rows alone; what is random in it comes from `generator_of(rows)`.
         groups: optimiser parameter groups; default: all trainable parameters of the objective.
         before_step, after_step: called with the step index (for ramps and clamps).
+        names: row indices -> ids of their samples, for errors.
 
     Returns:
-        Means of the logs over the last tenth of the steps, `samples_per_s`, and `stall_share`: the share of the time
+        Means of the logs and of the gradient's norm over the last tenth of the steps, `samples_per_s`, and `stall_share`: the share of the time
         in which steps waited for their data, 0..1.
 
     Raises:
-        TrainingError: the loss is not finite (the last good snapshot is kept), a batch has fewer rows than pieces, or
-            `make_batch` draws from the global generator.
+        TrainingError: the loss or the gradient is not finite (the batch is named, and the last good snapshot kept), a
+            batch has fewer rows than pieces, or `make_batch` draws from the global generator.
     """
     accelerator = start_accelerator(section, work_dir / "tensorboard")
     accelerator.init_trackers(what)
@@ -137,17 +146,17 @@ def fit(
                 group["lr"] = lr * schedule(step, section.steps, section.warmup, section.schedule)
             if before_step is not None:
                 before_step(step)
-            logs.add(step, backward(accelerator, wrapped, pieces))
-            accelerator.clip_grad_norm_(trainable, section.clip_norm)
+            values = backward(accelerator, wrapped, pieces)
+            norm = accelerator.clip_grad_norm_(trainable, section.clip_norm)
+            logs.add(step, {**values, "gradient": fully_sharded.whole(norm)})  # pyright: ignore[reportArgumentType]
             last = step + 1 == section.steps
             saving = last or (step + 1) % section.save_every == 0
             if step % read_every == 0 or saving:
                 for at, values in logs.read(accelerator):
-                    if not math.isfinite(values["loss"]):
-                        raise TrainingError(
-                            f"{what}: the loss became {values['loss']} at step {at}",
-                            f"Lower the learning rate; the state before it is kept in {work_dir}",
-                        )
+                    for quantity in ("loss", "gradient"):
+                        if not math.isfinite(values[quantity]):
+                            became = f"{what}: the {quantity} became {values[quantity]} at step {at}"
+                            raise stopped(became, batches.at(at), names, work_dir, what)
                     if at >= 0.9 * section.steps:
                         for name, value in values.items():
                             totals.setdefault(name, []).append(value)
@@ -174,6 +183,23 @@ def fit(
         tracker.finish()
     leave(objective, average, unshard)
     return {name: sum(values) / len(values) for name, values in totals.items()} | speed
+
+
+def stopped(
+    became: str, rows: Tensor, names: Callable[[Tensor], list[str]] | None, work_dir: Path, what: str
+) -> TrainingError:
+    """The error that names a batch; the rows and samples of all processes are written to a file."""
+    numbers = [row for share in processes.gathered(rows.tolist()) for row in share]
+    samples = names(torch.tensor(numbers)) if names else []
+    path = work_dir / BAD_BATCH.format(what)
+    if processes.is_main():
+        path.write_text(json.dumps({"error": became, "rows": numbers, "samples": samples}) + "\n")
+    kind, shown = ("samples", samples) if samples else ("rows", numbers)
+    named = ", ".join(map(str, shown[:NAMED])) + (f" and {len(shown) - NAMED} more" if len(shown) > NAMED else "")
+    return TrainingError(
+        f"{became}, on {kind} {named} (all in {path})",
+        f"Look at them, or lower the learning rate; the last good state is kept in {work_dir}",
+    )
 
 
 def backward(accelerator: Accelerator, wrapped: nn.Module, pieces: list[Piece]) -> dict[str, Tensor | float]:

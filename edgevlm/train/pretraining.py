@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from edgevlm.artifacts import VOCABULARY, Checkpoint, RegionCache, TokenizerSpec
 from edgevlm.data.text import Tokenizer
-from edgevlm.errors import DataError, RecipeError
+from edgevlm.errors import CheckpointError, DataError, RecipeError
 from edgevlm.job import Job
 from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
@@ -18,14 +18,16 @@ from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM
 from edgevlm.recipe import PretrainSection
 from edgevlm.tasks import pretraining as task
+from edgevlm.tasks.distillation import logit_loss
 from edgevlm.tasks.pretraining import PretrainBatch
 from edgevlm.train.answering import freeze_extractor, with_fusion
 from edgevlm.train.batches import generator_of
 from edgevlm.train.captions import fit_captions, load_captions
 from edgevlm.train.checkpoints import save_checkpoint
 from edgevlm.train.loop import fit
-from edgevlm.train.regions import RegionSplit
+from edgevlm.train.regions import RegionSplit, image_ids
 from edgevlm.train.tags import own_tags, stronger_tags
+from edgevlm.train.teachers import open_live
 from edgevlm.train.warm_start import warm_start
 
 HEADS = ("words", "match")
@@ -68,11 +70,16 @@ class Pairs:
 
 
 class PretrainObjective(nn.Module):
-    """Masked words plus matching; only what the two pass through has gradients."""
+    """Masked words plus matching; only what the two pass through has gradients.
 
-    def __init__(self, model: VLM, section: PretrainSection) -> None:
+    With a teacher, the student also imitates its guesses of the words and of whether the text fits (EfficientVLM's
+    general distillation, logits alone).
+    """
+
+    def __init__(self, model: VLM, section: PretrainSection, teacher: VLM | None = None) -> None:
         super().__init__()
         self.model, self.section = model, section
+        self._teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]  # a list: not in snapshots
         freeze_extractor(model)
         for unused in (model.head, model.referred):
             unused.requires_grad_(False)
@@ -83,7 +90,16 @@ class PretrainObjective(nn.Module):
         logits_B2 = task.match_logits(self.model, batch, self.section.caption_tokens)
         match = task.match_loss(logits_B2, batch.fits)
         accuracy = (logits_B2.argmax(1) == batch.fits).float().mean()
-        return words + match, {"words": words.detach(), "match": match.detach(), "match_accuracy": accuracy}
+        logs = {"words": words.detach(), "match": match.detach(), "match_accuracy": accuracy}
+        if not self._teacher:
+            return words + match, logs
+        teacher = self._teacher[0].to(logits_B2.device)
+        with torch.no_grad():
+            words_MV, _ = task.word_logits(teacher, batch, self.section.caption_tokens, self.section.seq2seq)
+            match_B2 = task.match_logits(teacher, batch, self.section.caption_tokens)
+        imitation = logit_loss(logits_MV, words_MV) + logit_loss(logits_B2, match_B2)
+        weight = self.section.kd_weight
+        return (1 - weight) * (words + match) + weight * imitation, {**logs, "kd": imitation.detach()}
 
 
 def load_pairs(job: Job, model: VLM, manifest: Checkpoint, split_name: str) -> Pairs:
@@ -135,6 +151,22 @@ def evaluate_pretraining(model: VLM, pairs: Pairs, section: PretrainSection, bat
     }
 
 
+def load_teacher(section: PretrainSection, detector: VLM, manifest: Checkpoint) -> VLM | None:
+    """The pre-trained teacher that the section names.
+
+    Raises:
+        CheckpointError: no checkpoint, one that does not fit the run, or one without the heads of pre-training.
+    """
+    if section.teacher is None:
+        return None
+    teacher, theirs = open_live(Path(section.teacher), detector, manifest)
+    if missing := [head for head in HEADS if head not in theirs.model.heads]:
+        raise CheckpointError(
+            f"The teacher in {section.teacher} has no head '{missing[0]}'", "Give a checkpoint of the stage `pretrain`"
+        )
+    return teacher
+
+
 def check_pretraining(section: PretrainSection, max_tokens: int) -> None:
     """Raise RecipeError where the text does not fit the model's positions."""
     needed = section.caption_tokens + section.tag_tokens
@@ -152,6 +184,7 @@ def pretrain(job: Job) -> Checkpoint:
     Raises:
         RecipeError: the recipe has no section `pretrain`, or texts do not fit.
         DataError: the dataset has no captions.
+        CheckpointError: the teacher does not fit.
     """
     recipe, section = job.recipe, _section(job)
     detector, manifest = vlm.load(job.inputs["detector"])
@@ -161,9 +194,10 @@ def pretrain(job: Job) -> Checkpoint:
     if section.start is not None:
         vocabulary = job.inputs["detector"] / VOCABULARY
         warm_start(model, section.start, vocabulary, manifest.tokenizer, job.reporter)
+    teacher = load_teacher(section, detector, manifest)
     pairs = load_pairs(job, model, manifest, "train")
     fit(
-        PretrainObjective(model, section),
+        PretrainObjective(model, section, teacher),
         len(pairs.captions),
         lambda rows: {"batch": pairs.batch(rows, section, model.config.tee.score_threshold, recipe.seed)},
         section,
@@ -172,6 +206,7 @@ def pretrain(job: Job) -> Checkpoint:
         key=f"{job.provenance.key}-pretrain",
         seed=recipe.seed + 5,
         reporter=job.reporter,
+        names=lambda rows: image_ids(job.inputs["regions"], "train", pairs.image_index[rows]),
     )
     metrics: dict[str, float] = {}
     cache = read_manifest(job.inputs["regions"], RegionCache, check_files=False)

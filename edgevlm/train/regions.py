@@ -42,6 +42,8 @@ IN_MEMORY_MB = 4096
 
 IMAGES: dict[str, Any] = {"table": "images"}
 """Field metadata: one row per image. Every other field has one per question."""
+IDS = "ids"
+"""Column of the images' files with the sample ids; read for messages only."""
 INDEX: dict[str, Any] = {"index": True}
 """Field metadata: row numbers of images; in a shard's file they count from the shard's first image."""
 
@@ -142,7 +144,7 @@ class RegionSplit:
         mapped = num_images * num_regions * width * 4 / 1e6 > in_memory_mb / processes.world_size()
         tables, first = [], 0
         for image_file, question_file in files:
-            table = image_file.read(["boxes", "scores"] if mapped else None)
+            table = image_file.read(["boxes", "scores"] if mapped else ["features", "boxes", "scores"])
             for name, column in question_file.read().items():
                 table[name] = column + first if name in _names("index") else column  # pyright: ignore
             tables.append(table)
@@ -153,13 +155,24 @@ class RegionSplit:
         columns["features"] = MappedColumn(images, "features") if mapped else columns["features"].float()
         return cls(**columns)
 
-    def save(self, folder: Path, split: str, *, shard: int = 0, key: str = "", dtype: str = "float32") -> None:
-        """Write one shard; it counts once its second file, the images', is there."""
+    def save(
+        self,
+        folder: Path,
+        split: str,
+        *,
+        shard: int = 0,
+        key: str = "",
+        dtype: str = "float32",
+        ids: list[str] | None = None,
+    ) -> None:
+        """Write one shard, with the sample ids of its images if given; it counts once its second file, theirs, is there."""
         tables: dict[str, Table] = {"questions": {}, "images": {}}
         for column in fields(self):
             value = getattr(self, column.name)
             if value is not None:
                 tables[column.metadata.get("table", "questions")][column.name] = value
+        if ids is not None:
+            tables["images"][IDS] = ids
         tables["images"]["features"] = self.features[:].to(getattr(torch, dtype))  # pyright: ignore
         (folder / split).mkdir(parents=True, exist_ok=True)
         for table, columns in tables.items():
@@ -216,6 +229,21 @@ def open_shards(folder: Path, split: str) -> list[tuple[TableFile, TableFile]]:
         if expected is not None and found != expected:
             raise CheckpointError(f"{folder / split} holds {found} images, its manifest says {expected}", again)
     return files
+
+
+def image_ids(folder: Path, split: str, images: Tensor) -> list[str]:
+    """Sample ids of some images of a split, as the dataset's reader gives them."""
+    files = [file for file, _ in open_shards(folder, split)]
+    ends = np.cumsum([file.num_rows for file in files])
+    shards = np.searchsorted(ends, images.numpy(), side="right").tolist()
+    ids = {shard: files[shard].read([IDS]).get(IDS) for shard in set(shards)}
+    found = []
+    for image, shard in zip(images.tolist(), shards, strict=True):
+        column = ids[shard]  # caches of earlier versions have none
+        found.append(
+            f"image {image}" if column is None else str(column[image - int(ends[shard]) + files[shard].num_rows])
+        )
+    return found
 
 
 def shard_is_done(folder: Path, split: str, shard: int, key: str) -> bool:
@@ -328,7 +356,8 @@ def cache_split(
         for shard, frames in shards:
             save_captions(folder, split, shard, frames.captions, tokenizer)
             extracted = extract(tee, frames, tokenizer, labels)
-            extracted.save(folder, split, shard=shard, key=key, dtype=section.dtype)
+            ids = frames.ids if frames.second is None else 2 * frames.ids  # left-hand images, then right-hand ones
+            extracted.save(folder, split, shard=shard, key=key, dtype=section.dtype, ids=ids)
             bar.update(shard * section.shard_images + len(frames))
 
 

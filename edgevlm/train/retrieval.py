@@ -18,7 +18,7 @@ from edgevlm.tasks import retrieval as task
 from edgevlm.train.answering import freeze_extractor, save_answering
 from edgevlm.train.captions import CaptionSplit, load_captions
 from edgevlm.train.loop import Batch, fit
-from edgevlm.train.regions import RegionSplit, cached_splits
+from edgevlm.train.regions import RegionSplit, cached_splits, image_ids
 from edgevlm.train.start import fine_tuning_model
 
 NUM_NEAR = 32
@@ -169,6 +169,7 @@ def train_retrieval(job: Job) -> Checkpoint:
         key=f"{job.provenance.key}-retrieval",
         seed=recipe.seed + 5,
         reporter=job.reporter,
+        names=lambda rows: image_ids(job.inputs["regions"], "train", captions.image_index[rows]),
     )
     tokenizer = Tokenizer(job.inputs["detector"] / VOCABULARY, manifest.tokenizer)
     metrics: dict[str, float] = {}

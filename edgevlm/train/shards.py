@@ -72,9 +72,7 @@ class TableFile:
             facts = json.loads((self._file.schema_arrow.metadata or {})[b"edgevlm"])
         except (OSError, pa.ArrowException, KeyError, ValueError) as problem:
             reason = str(problem).splitlines()[0]
-            raise CheckpointError(
-                f"{path} is not a table of cached regions ({reason})", "Cache them again"
-            ) from problem
+            raise CheckpointError(f"{path} is not a table of this cache ({reason})", "Cache them again") from problem
         self.path, self.key, self._facts = path, facts["key"], facts["columns"]
         self.num_rows: int = self._file.metadata.num_rows
         self._lock = threading.Lock()  # one reader at a time: loader threads share the file
@@ -83,6 +81,10 @@ class TableFile:
     def shape(self, column: str) -> tuple[int, ...]:
         """Shape of a tensor column with its first dimension."""
         return (self.num_rows, *self._facts[column]["shape"])
+
+    def has(self, column: str) -> bool:
+        """Whether there is such a tensor column."""
+        return column in self._facts
 
     def read(self, columns: list[str] | None = None) -> Table:
         """The whole table, or some of its columns."""

@@ -95,7 +95,7 @@ def write_inputs(folder: Path, num_images: dict[str, int], captions_per_image: i
 def make_job(folder: Path, inputs: dict[str, Path], **pretrain: object) -> Job:
     """A job of the stage `pretrain` on those inputs."""
     out = folder / "pretrain"
-    out.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     section = {"fusion": {"name": "test-fusion"}, "caption_tokens": 14, "tag_tokens": 6, **pretrain}
     overrides = [f"text.max_tokens={MAX_TOKENS}", f"pretrain={section}"]
     return Job(load_recipe("test-scenes", overrides), inputs, out, provenance("pretrain"))

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgevlm.artifacts import ModelConfig
 from edgevlm.compress.cost import CostModel, cost_model, fusion_macs, prunable_parameters
-from edgevlm.compress.distil import Distiller, layer_map
 from edgevlm.compress.shrink import Kept, fill_budget, masks, shrink
 from edgevlm.compress.structure import choose_by_gates, target_sparsity
 from edgevlm.errors import RecipeError
@@ -251,23 +250,3 @@ def test_macs_match_torch_count() -> None:
     extras = 8 * (hidden * bottleneck + bottleneck) + hidden * bottleneck + hidden * hidden  # trimmer and pooler
     extras += 3 * 8  # looked_at: (1, 3) x (3, 8)
     assert counter.get_total_flops() / 2 == fusion_macs(config, length, 8, 3, 32) + extras
-
-
-def test_layer_map_two_to_one_is_the_published_one() -> None:
-    """EfficientVLM: attention map of student i comes from teacher 2i + 1."""
-    assert layer_map(3, 6) == [1, 3, 5]
-    assert layer_map(3, 4) == [0, 2, 3]
-    assert layer_map(4, 4) == [0, 1, 2, 3]
-
-
-def test_distilling_from_oneself_costs_nothing() -> None:
-    model = tiny_vlm()
-    distiller = Distiller(model, model, 1.0, 1.0)
-    for projection in distiller.projections:
-        torch.nn.init.eye_(projection.weight)  # pyright: ignore
-        torch.nn.init.zeros_(projection.bias)  # pyright: ignore
-    with torch.no_grad():
-        a = model.answer(tiny_regions(3), tiny_ids(3))
-        b = model.answer(tiny_regions(3, seed=5), tiny_ids(3))
-        assert distiller(a.logits_BA, a.fusion, a.logits_BA, a.fusion).item() == pytest.approx(0.0, abs=1e-6)
-        assert distiller(a.logits_BA, a.fusion, b.logits_BA, b.fusion).item() > 1e-3

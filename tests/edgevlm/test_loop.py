@@ -1,6 +1,7 @@
 """The loop learns, resumes bitwise, and stops at NaN with the last good state kept."""
 
 import contextlib
+import json
 import threading
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from edgevlm.errors import TrainingError
@@ -229,16 +231,65 @@ def test_half_written_snapshot_is_ignored(tmp_path: Path) -> None:
     assert load_snapshot(tmp_path / "s", model, torch.optim.AdamW(model.parameters()), "k") == 0
 
 
-def test_nan_stops_and_says_which_step(tmp_path: Path) -> None:
-    def poisoned(rows: Tensor) -> dict[str, Tensor]:
-        poisoned.calls += 1  # pyright: ignore
-        return {"x": X[rows] * (float("nan") if poisoned.calls == 15 else 1.0), "y": Y[rows]}  # pyright: ignore
-
-    poisoned.calls = 0  # pyright: ignore
+def stopped_at_nan(folder: Path, make_batch: Any, **more: Any) -> tuple[str, dict[str, Any]]:
+    """What the error says, and the file that it names."""
     section = TrainSection(steps=30, batch_size=16, save_every=10)
-    with pytest.raises(TrainingError, match="nan at step 14"):
-        fit(Noisy(), len(X), poisoned, section, what="n", work_dir=tmp_path, key="k", seed=1, reporter=Reporter())
-    assert list(tmp_path.glob(".snapshot-*.safetensors")), "the state of step 10 is kept"
+    where: dict[str, Any] = {"what": "n", "work_dir": folder, "key": "k", "seed": 1, "reporter": Reporter()}
+    with pytest.raises(TrainingError) as error:
+        fit(Noisy(), len(X), make_batch, section, **where, **more)
+    assert (folder / ".snapshot-n.safetensors").is_file(), "the state of step 10 is kept"
+    with safe_open(folder / ".snapshot-n.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "10"
+        assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
+    return str(error.value), json.loads((folder / ".snapshot-n-bad-batch.json").read_text())
+
+
+def nth_batch(number: int, spoil: Any) -> Any:
+    """Batches of which one is spoilt; they are made one after the other."""
+    calls = [0]
+
+    def make_batch(rows: Tensor) -> dict[str, Tensor]:
+        calls[0] += 1
+        return spoil(make(rows)) if calls[0] == number else make(rows)
+
+    return make_batch
+
+
+def test_nan_stops_and_says_which_batch(tmp_path: Path) -> None:
+    spoilt = nth_batch(15, lambda batch: {**batch, "x": batch["x"] * float("nan")})
+    said, written = stopped_at_nan(tmp_path, spoilt)
+    rows = Batches(len(X), 16, seed=1).at(14).tolist()
+    assert f"the loss became nan at step 14, on rows {', '.join(map(str, rows[:4]))} and 12 more" in said
+    assert str(tmp_path / ".snapshot-n-bad-batch.json") in said
+    assert written["rows"] == rows and written["samples"] == []
+
+
+def test_samples_are_named_where_their_names_are_known(tmp_path: Path) -> None:
+    spoilt = nth_batch(12, lambda batch: {**batch, "x": batch["x"] / 0})
+    said, written = stopped_at_nan(tmp_path, spoilt, names=lambda rows: [f"photo-{row}.jpg" for row in rows.tolist()])
+    rows = Batches(len(X), 16, seed=1).at(11).tolist()
+    assert f"at step 11, on samples photo-{rows[0]}.jpg, photo-{rows[1]}.jpg" in said
+    assert written["samples"] == [f"photo-{row}.jpg" for row in rows]
+
+
+def test_a_gradient_that_is_no_number_stops_before_it_spoils_the_snapshot(tmp_path: Path) -> None:
+    """The loss of step 19, the root of an exact 0, is finite; its slope is not, and step 19 would write a snapshot."""
+
+    class Root(Noisy):
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            loss = (
+                ((self.net(x) - y) * (y != 77)).abs().sqrt().mean()
+                if (y == 77).all()
+                else (self.net(x) - y).square().mean()
+            )
+            return loss, {}
+
+    spoilt = nth_batch(20, lambda batch: {**batch, "y": torch.full_like(batch["y"], 77)})
+    section = TrainSection(steps=30, batch_size=16, save_every=10)
+    with pytest.raises(TrainingError, match="the gradient became nan at step 19"):
+        fit(Root(), len(X), spoilt, section, what="n", work_dir=tmp_path, key="k", seed=1, reporter=Reporter())
+    with safe_open(tmp_path / ".snapshot-n.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "10"
 
 
 def test_batches_cover_an_epoch_and_split_among_processes() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edgevlm.artifacts import VOCABULARY, Checkpoint, TokenizerSpec
 from edgevlm.data.text import Tokenizer, split_pieces
-from edgevlm.errors import DataError, RecipeError
+from edgevlm.errors import CheckpointError, DataError, RecipeError
 from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
 from edgevlm.models.registry import FUSIONS
@@ -22,6 +22,7 @@ from edgevlm.tasks.pretraining import (
     NO_TARGET,
     PretrainBatch,
     mask_words,
+    match_logits,
     match_loss,
     mix_texts,
     other_captions,
@@ -31,7 +32,14 @@ from edgevlm.tasks.pretraining import (
 )
 from edgevlm.train.answering import with_fusion
 from edgevlm.train.captions import fit_captions, load_captions
-from edgevlm.train.pretraining import HEADS, evaluate_pretraining, load_pairs, pretrain
+from edgevlm.train.pretraining import (
+    HEADS,
+    PretrainObjective,
+    evaluate_pretraining,
+    load_pairs,
+    load_teacher,
+    pretrain,
+)
 from tests.edgevlm.oracle import make_job, write_inputs
 from tests.edgevlm.tiny import tiny_regions
 
@@ -253,6 +261,68 @@ def test_a_batch_depends_on_its_rows_and_the_seed_alone(inputs: dict[str, Path],
     assert not torch.equal(first.targets[1], pairs.batch(rows[1:], section, 0.2, 1).targets[0])
     assert first.regions.features_BND.shape[1] <= 4
     assert torch.equal(first.regions.features_BND[2], pairs.split.features[10, :4])
+
+
+# --- under a teacher ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teacher(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    job = make_job(tmp_path_factory.mktemp("teacher"), inputs, steps=2, batch_size=8)
+    pretrain(job)
+    return job.out_dir
+
+
+def test_a_teacher_adds_the_divergence_of_words_and_matching(
+    inputs: dict[str, Path], tmp_path: Path, teacher: Path
+) -> None:
+    """EfficientVLM's 0.6 own + 0.4 (KL of the masked words + KL of matching), each from its definition."""
+    job = make_job(tmp_path, inputs, teacher=str(teacher))
+    section = job.recipe.pretrain
+    assert section is not None and section.kd_weight == 0.4
+    detector, manifest = vlm.load(inputs["detector"])
+    torch.manual_seed(3)
+    student = with_fusion(detector, manifest, FUSIONS["test-fusion"], heads=HEADS).eval()
+    loaded = load_teacher(section, detector, manifest)
+    assert loaded is not None
+    pairs = load_pairs(job, student, manifest, "train")
+    batch = pairs.batch(torch.arange(12), section, student.config.tee.score_threshold, 0)
+    with torch.no_grad():
+        own, logs = PretrainObjective(student, section)(batch)
+        taught, more = PretrainObjective(student, section, loaded)(batch)
+        divergence = 0.0
+        for model_logits in (
+            [word_logits(model, batch, 14, section.seq2seq)[0] for model in (loaded, student)],
+            [match_logits(model, batch, 14) for model in (loaded, student)],
+        ):
+            p, q = (logits.softmax(1) for logits in model_logits)
+            divergence += float((p * (p / q).log()).sum(1).mean())
+        itself, _ = PretrainObjective(loaded, section, loaded)(batch)
+        alone, _ = PretrainObjective(loaded, section)(batch)
+    assert more["kd"].item() == pytest.approx(divergence, abs=1e-5) and divergence > 1e-3
+    assert taught.item() == pytest.approx(0.6 * own.item() + 0.4 * divergence, abs=1e-5)
+    assert more["words"] == logs["words"]
+    assert itself.item() == pytest.approx(0.6 * alone.item(), abs=1e-6), "oneself is no distance away"
+
+
+def test_pre_training_under_a_teacher_leaves_it_out_of_the_checkpoint(
+    inputs: dict[str, Path], tmp_path: Path, teacher: Path
+) -> None:
+    job = make_job(tmp_path, inputs, steps=2, batch_size=8, teacher=str(teacher), kd_weight=1.0)
+    manifest = pretrain(job)
+    alone = pretrain(make_job(tmp_path / "alone", inputs, steps=2, batch_size=8))
+    assert manifest.files["model.safetensors"] != alone.files["model.safetensors"], "the teacher changed something"
+    assert manifest.model == alone.model
+
+
+def test_a_teacher_that_does_not_fit_is_one_line(inputs: dict[str, Path], tmp_path: Path, teacher: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no head 'words'"):
+        pretrain(make_job(tmp_path, inputs, teacher=str(inputs["detector"])))
+    other = write_inputs(tmp_path / "other", {"train": 3, "val": 2}, 2, seed=9)
+    with pytest.raises(CheckpointError, match="has other tokenizer than the student"):
+        pretrain(make_job(tmp_path, other, teacher=str(teacher)))
+    with pytest.raises(CheckpointError, match="No checkpoint in"):
+        pretrain(make_job(tmp_path, inputs, teacher=str(tmp_path / "nowhere")))
 
 
 # --- it learns ---------------------------------------------------------------------------------------------------
