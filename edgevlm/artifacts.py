@@ -421,6 +421,30 @@ class DeviceFacts(Frozen):
     versions: dict[str, str] = {}
 
 
+class PieceTimes(Frozen):
+    """What a piece of the model takes at some of the sizes that pruning may give it."""
+
+    groups: tuple[str, ...]
+    """Whose members decide its size (`models/groups.py`)."""
+    points: tuple[tuple[int, ...], ...]
+    """For each group, the numbers of members that were measured, rising."""
+    ms: tuple[float, ...]
+    """One for each combination of points, the last group's running fastest."""
+
+
+class LatencyTable(Artifact):
+    """What a model takes on one target, and its pieces at several sizes: milliseconds as a function of structure."""
+
+    kind: Literal["latency"] = "latency"
+    target: str
+    precision: str
+    threads: int
+    device: DeviceFacts
+    whole_ms: float
+    """One image and one untrimmed question, nothing removed."""
+    pieces: dict[str, PieceTimes]
+
+
 class LatencyRow(Frozen):
     """One target x rung x precision on one device; times in milliseconds."""
 

@@ -23,7 +23,7 @@ from edgevlm.pipeline import run as run_stages
 from edgevlm.progress import Reporter
 from edgevlm.recipe import Recipe
 from edgevlm.recipes import apply_override, parse_recipe
-from edgevlm.stages import stages_of
+from edgevlm.stages import LATENCY, stages_of
 
 WAYS: dict[str, dict[str, Any]] = {
     "gates": {"method": "gates"},
@@ -151,7 +151,7 @@ def _shared(recipe: Recipe) -> list[str]:
     names = [stage.name for stage in stages_of(recipe)]
     if "prune" not in names:
         raise RecipeError(f"Recipe {recipe.name} has no stage 'prune'", "Compare a run that answers questions")
-    return names[: names.index("prune")]
+    return [name for name in names[: names.index("prune")] if name != LATENCY.name]
 
 
 def _check_whole(run: Path, recipe: Recipe, data_path: str | None) -> None:
@@ -169,17 +169,28 @@ def _prune(
 ) -> Path:
     """Folder of the pruned checkpoint."""
     folder = run / "compare" / f"{way}-{keep:g}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RUN_FILE).touch()
-    for name in _shared(recipe):
-        if not (folder / name).exists():
-            (folder / name).symlink_to(os.path.relpath(run / name, folder), target_is_directory=True)
+    shared = {name: run / name for name in _shared(recipe)}
+    if recipe.prune.measure == "ms":  # measured once, or the ways would be judged by different tables
+        table = run / "compare" / LATENCY.name
+        _link(shared, table)
+        settings = {"data_path": data_path, "until": LATENCY.name, "reporter": Quiet(reporter)}
+        shared |= run_stages(stages_of(recipe), recipe, table, **settings)
+    _link(shared, folder)
     section = recipe.prune.model_copy(update={**WAYS[way], "sparsity": 1 - keep, "seed": seed})
     changed = recipe.model_copy(update={"prune": section})
     reporter.say(f"{way}, {keep:.0%} kept, seed {seed}")
     return run_stages(
         stages_of(changed), changed, folder, data_path=data_path, until="prune", reporter=Quiet(reporter)
     )["prune"]
+
+
+def _link(stages: dict[str, Path], folder: Path) -> None:
+    """Make a run folder in which these stages are done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN_FILE).touch()
+    for name, done in stages.items():
+        if not (folder / name).exists():
+            (folder / name).symlink_to(os.path.relpath(done, folder), target_is_directory=True)
 
 
 class Quiet(Reporter):

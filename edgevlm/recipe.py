@@ -288,8 +288,14 @@ class PruneSection(TrainSection):
     budget. With `vision` every step encodes images, and the regions are cached anew behind the stage."""
     sparsity: float = Field(0.4, gt=0, lt=1)
     """Share to remove of what can be removed of these parts."""
-    measure: Literal["parameters", "macs"] = "parameters"
-    """What that is a share of: parameters, or multiply-adds of an image (with `vision`) and an untrimmed question."""
+    measure: Literal["parameters", "macs", "ms"] = "parameters"
+    """What that is a share of: parameters, multiply-adds of an image (with `vision`) and an untrimmed question, or the
+    milliseconds that an image and such a question take (`target` and the three behind it say where)."""
+    target: str = "onnx"
+    precision: str = "fp32"
+    threads: int = Field(1, gt=0)
+    target_ms: float | None = Field(None, gt=0)
+    """With `measure: ms`: what it may take; wins over `sparsity`."""
     images_per_step: int = Field(16, gt=0)
     """With `vision`: images in a step; the questions of `batch_size` are spread over them."""
     num_images: int | None = Field(None, gt=0)
@@ -318,6 +324,12 @@ class PruneSection(TrainSection):
         if not parts or len(set(parts)) < len(parts):
             raise ValueError("name fusion, vision or both, each once")
         return parts
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> "PruneSection":
+        if self.target_ms is not None and self.measure != "ms":
+            raise ValueError("target_ms needs measure: ms")
+        return self
 
 
 class TrimSection(TrainSection):

@@ -17,12 +17,14 @@ from edgevlm.artifacts import (
     Checkpoint,
     DeviceReport,
     Gate,
+    LatencyTable,
     ParityReport,
     RegionCache,
     Scorecard,
     Structure,
     Vocabulary,
 )
+from edgevlm.bench.latency import check_timed, measure_table, time_model
 from edgevlm.bench.local import bench_bundle
 from edgevlm.compress import prune as pruning
 from edgevlm.compress.distil import check_distil, distil
@@ -33,10 +35,13 @@ from edgevlm.data.text import Tokenizer
 from edgevlm.errors import GateFailed, RecipeError
 from edgevlm.job import Job
 from edgevlm.manifests import read_manifest, write_manifest
+from edgevlm.models import vlm
 from edgevlm.models.backbone import create_trunk
+from edgevlm.models.groups import groups_of
 from edgevlm.models.registry import resolve_fusion, resolve_tee
 from edgevlm.models.teachers import is_checkpoint, is_foreign
 from edgevlm.models.text_weights import find_folder
+from edgevlm.models.vlm import VLM
 from edgevlm.pipeline import Stage
 from edgevlm.recipe import Recipe
 from edgevlm.report import write_scorecard
@@ -56,11 +61,14 @@ from edgevlm.train.teacher_outputs import are_wanted, teacher_outputs
 from edgevlm.train.teachers import adopt_teacher
 from edgevlm.train.transfer import adopt_extractor
 from targets.base import check_target, load_exporter
+from targets.source import CalibrationData
 
 CALIBRATION_POOL = 500
 """Training images from which the calibration set is chosen."""
 VERIFIED_IMAGES = 400
 """Validation images at most that exported files are verified on; their questions are spread evenly over them."""
+TIMED_IMAGES = 4
+"""Training images that models whose time is measured are quantised with."""
 TRAINED = ("teacher", "distil", "prune", "trim")
 
 
@@ -83,9 +91,46 @@ def teacher(job: Job) -> Checkpoint:
     return finetune_reasoning(job) if job.recipe.synthetic else train_teacher(job)
 
 
+def latency(job: Job) -> LatencyTable:
+    """Measure the student and its pieces at several sizes, where the budget of pruning is a time."""
+    section = job.recipe.prune
+    model, manifest = vlm.load(job.inputs["distil"])
+    table = measure_table(
+        model,
+        manifest,
+        groups_of(model, section.parts),
+        _few_samples(job),
+        target=section.target,
+        precision=section.precision,
+        threads=section.threads,
+        round_to=section.round_to,
+        provenance=job.provenance,
+        reporter=job.reporter,
+    )
+    job.reporter.say(f"  student: {table.whole_ms:.3f} ms on {section.target} {section.precision}")
+    return write_manifest(job.out_dir, table)  # pyright: ignore[reportReturnType]
+
+
+def _few_samples(job: Job) -> CalibrationData:
+    """A few training images and questions: quantisers need some, and which ones changes no time."""
+    frames, questions, _ = _questions(job, job.inputs["distil"], "train", TIMED_IMAGES)
+    return CalibrationData(frames.pixels[questions.image_index], questions.input_ids)
+
+
+def _meter(job: Job) -> pruning.Meter:
+    """Measures candidates where the table was measured."""
+    section, samples = job.recipe.prune, _few_samples(job)
+    manifest = read_manifest(job.inputs["distil"], Checkpoint)
+
+    def meter(model: VLM) -> float:
+        return time_model(model, manifest, samples, section.target, section.precision, section.threads)
+
+    return meter
+
+
 def prune(job: Job) -> Checkpoint:
     """Prune the student, and draw what was kept."""
-    checkpoint = pruning.prune(job)
+    checkpoint = pruning.prune(job, _meter(job) if job.recipe.prune.measure == "ms" else None)
     if processes.is_main():
         structure = Structure.model_validate_json((job.out_dir / STRUCTURE).read_bytes())
         draw_structures({job.recipe.name: structure}, job.out_dir / "structure.png")
@@ -258,6 +303,8 @@ def check(recipe: Recipe, data_path: str | None) -> None:
     check_distil(recipe)
     student = resolve_fusion(recipe.distil.fusion)
     check_rungs(recipe.trim, len(student.layer_heads), resolve_tee(recipe.tee).num_regions)
+    if recipe.prune.measure == "ms":
+        check_timed(recipe.prune.target, recipe.prune.precision)
     for target in recipe.export.targets:
         load_exporter(target)
         for precision in recipe.export.precisions:
@@ -289,6 +336,13 @@ SYNTHETIC = Stage("synthetic", pretrain_reasoning, ("detector", *_MODEL), ("data
 """The same for drawn sentences."""
 PRUNED_REGIONS = Stage("pruned_regions", pruned_regions, ("prune",), (*_DATA, "regions"), everywhere=True)
 """Behind `prune`, where that changes the extractor."""
+LATENCY = Stage(
+    "latency",
+    latency,
+    ("distil",),
+    (*_DATA, "prune.target", "prune.precision", "prune.threads", "prune.parts", "prune.round_to"),
+)
+"""Before `prune`, where the budget is a time."""
 TEACHER_OUTPUTS = Stage(
     "teacher_outputs",
     teacher_outputs,
@@ -343,6 +397,8 @@ def _as_asked(stage: Stage, recipe: Recipe) -> tuple[Stage, ...]:
         if is_foreign(recipe.distil.teacher):
             outputs = replace(outputs, inputs=("detector", "regions"))
         return (outputs, replace(stage, inputs=(*stage.inputs, outputs.name)))
+    if stage.name == "prune" and recipe.prune.measure == "ms":
+        return (LATENCY, replace(stage, inputs=(*stage.inputs, LATENCY.name)))
     if stage.name == "trim" and "vision" in recipe.prune.parts:
         return (PRUNED_REGIONS, replace(stage, run=trim_pruned, inputs=(*stage.inputs, PRUNED_REGIONS.name)))
     return (stage,)

@@ -50,7 +50,7 @@ def export(source: Source, precision: str, out_dir: Path) -> ExportedModel:
     for program in source.programs:
         model = source.onnx(program)
         if precision == "int8":
-            model = _static_int8(model, source, program) if program.name == ENCODE else _dynamic_int8(model)
+            model = _static_int8(model, source, program) if program.name in source.static else _dynamic_int8(model)
         _describe(model, source, program, precision)
         models[program.name] = model
     write_shared(models, out_dir)
@@ -144,7 +144,7 @@ def _static_int8(model: "ModelProto", source: Source, program: Program) -> "Mode
         def get_next(self) -> Arrays | None:  # pyright: ignore[reportIncompatibleMethodOverride]
             return next(self._rows, None)
 
-    nodes = quantised_nodes(model, source)
+    nodes = quantised_nodes(model, program)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         quantize_static(
@@ -162,8 +162,11 @@ def _static_int8(model: "ModelProto", source: Source, program: Program) -> "Mode
         return onnx.load(path)
 
 
-def quantised_nodes(model: "ModelProto", source: Source) -> list[str]:
-    """Names of the nodes of `encode_image` that become int8: trunk, BiFPN, and the wide layers of the box head."""
+def quantised_nodes(model: "ModelProto", program: Program) -> list[str]:
+    """Names of the nodes of `encode_image` that become int8: trunk, BiFPN, and the wide layers of the box head.
+
+    In a piece of it (`pieces.py`) without the RPN, whatever follows the first convolution is trunk or BiFPN.
+    """
     import numpy as np
     from onnx import numpy_helper
 
@@ -172,7 +175,8 @@ def quantised_nodes(model: "ModelProto", source: Source) -> list[str]:
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     convolutions = [i for i, node in enumerate(nodes) if node.op_type == "Conv"]
     last = {i for i in convolutions if nodes[i].input[1].startswith(DENSE_LAST)}
-    if not last or not any(nodes[i].input[1].startswith(DENSE_FIRST) for i in convolutions):
+    starts = any(nodes[i].input[1].startswith(DENSE_FIRST) for i in convolutions)
+    if program.name == ENCODE and not (last and starts):
         raise ValueError(f"no convolutions of {DENSE_FIRST} or {DENSE_LAST} in the graph: the exporter renamed them")
     before: set[int] = set()  # everything the objectness and delta convolutions depend on
     queue = list(last)
@@ -181,6 +185,8 @@ def quantised_nodes(model: "ModelProto", source: Source) -> list[str]:
             if (i := by_output.get(name)) is not None and i not in before:
                 before.add(i)
                 queue.append(i)
+    if not last:
+        before = set(range(len(nodes)))
     after: set[int] = set()  # everything from the first convolution on (node order is topological)
     reached = {output for i in convolutions for output in nodes[i].output}
     for i, node in enumerate(nodes):
@@ -190,8 +196,8 @@ def quantised_nodes(model: "ModelProto", source: Source) -> list[str]:
     chosen = {i for i in before & after if nodes[i].op_type in STATIC_TYPES}
 
     # The exporter transposes linear weights and renames them, so they are found by their values.
-    state = dict(source.model.named_parameters())
-    wide = [state[name].detach().numpy() for name in BOX_HEAD]
+    state = dict(program.module.named_parameters())
+    wide = [state[name].detach().numpy() for name in BOX_HEAD if name in state]
     for i, node in enumerate(nodes):
         if node.op_type == "MatMul" and node.input[1] in weights:
             matrix = numpy_helper.to_array(weights[node.input[1]])

@@ -49,7 +49,9 @@ def export(source: Source, precision: str, out_dir: Path) -> ExportedModel:
     scheme = FP32
     models = {program.name: _read(source, program) for program in source.programs}
     if precision == "int8":
-        models[ENCODE] = _quantise_encode(models[ENCODE], source)
+        for program in source.programs:
+            if program.name in source.static:
+                models[program.name] = _quantise_encode(models[program.name], source, program)
         answers, answer_scheme = _quantise_answers(source, {p.name: models[p.name] for p in source.answers})
         models.update(answers)
         scheme = f"{ENCODE_INT8}; {answer_scheme}"
@@ -115,11 +117,11 @@ def _describe(model: "openvino.Model", source: Source, name: str, precision: str
         model.set_rt_info(value, ["edgevlm", key])
 
 
-def _quantise_encode(model: "openvino.Model", source: Source) -> "openvino.Model":
+def _quantise_encode(model: "openvino.Model", source: Source, program: Program) -> "openvino.Model":
     import nncf
 
-    rows = source.calibration_inputs(source.encode, "openvino")
-    ignored = nncf.IgnoredScope(names=_outside_dense(model, source), validate=False)
+    rows = source.calibration_inputs(program, "openvino")
+    ignored = nncf.IgnoredScope(names=_outside_dense(model, program), validate=False)
     return nncf.quantize(
         model,
         nncf.Dataset(rows),
@@ -168,7 +170,8 @@ def _quantise_answers(source: Source, models: dict[str, "openvino.Model"]) -> tu
             ignored_scope=ignored,
             advanced_parameters=_advanced(share_weights=True),
         )
-    if all(_agreement(static[program.name], source, program) >= MIN_AGREEMENT for program in source.answers):
+    judged = [program for program in source.answers if "logits" in program.outputs]  # pieces give none
+    if all(_agreement(static[program.name], source, program) >= MIN_AGREEMENT for program in judged):
         return static, STATIC_ANSWERS
     compressed = {
         name: nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM) for name, model in models.items()
@@ -188,8 +191,11 @@ def _agreement(model: "openvino.Model", source: Source, program: Program) -> flo
     return float(np.mean(np.array(actual) == expected))
 
 
-def _outside_dense(model: "openvino.Model", source: Source) -> list[str]:
-    """Names of all nodes that stay float: everything but trunk, BiFPN and the wide layers of the box head."""
+def _outside_dense(model: "openvino.Model", program: Program) -> list[str]:
+    """Names of all nodes that stay float: everything but trunk, BiFPN and the wide layers of the box head.
+
+    In a piece of the extractor (`pieces.py`) without the RPN, whatever follows the first convolution is trunk or BiFPN.
+    """
     nodes = model.get_ordered_ops()
     feeds = {
         node.get_friendly_name(): {v.get_node().get_friendly_name() for v in node.input_values()} for node in nodes
@@ -200,7 +206,7 @@ def _outside_dense(model: "openvino.Model", source: Source) -> list[str]:
         if node.get_type_name() in ("Convolution", "GroupConvolution")
     }
     last = {name for name, weights in convolutions.items() if weights.startswith(DENSE_LAST)}
-    if not last:
+    if not last and program.name == ENCODE:
         raise ValueError(f"no convolution with weights named {DENSE_LAST}* in the graph: the exporter renamed them")
     before: set[str] = set()
     queue = list(last)
@@ -208,6 +214,8 @@ def _outside_dense(model: "openvino.Model", source: Source) -> list[str]:
         for feed in feeds[queue.pop()] - before:
             before.add(feed)
             queue.append(feed)
+    if not last:
+        before = set(feeds)
     after: set[str] = set()
     for node in nodes:
         name = node.get_friendly_name()
@@ -215,8 +223,8 @@ def _outside_dense(model: "openvino.Model", source: Source) -> list[str]:
             after.add(name)
 
     # The exporter transposes linear weights and renames them, so they are found by their values.
-    state = dict(source.model.named_parameters())
-    wide = [state[name].detach().numpy() for name in BOX_HEAD]
+    state = dict(program.module.named_parameters())
+    wide = [state[name].detach().numpy() for name in BOX_HEAD if name in state]
     inside = before & after
     for node in nodes:
         if (

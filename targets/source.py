@@ -59,6 +59,11 @@ class Source:
     def answers(self) -> list[Program]:
         return self.programs[1:]
 
+    @property
+    def static(self) -> tuple[str, ...]:
+        """Names of the programs whose convolutions become static int8."""
+        return (ENCODE,)
+
     def once(self, key: str, make: Callable[[], T]) -> T:
         """The result of `make`, remembered under `key` for later precisions and targets."""
         if key not in self._memo:
@@ -157,7 +162,7 @@ def named_module(program: Program) -> nn.Module:
 class _Named(nn.Module):
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self.program, self.outputs = program.module, program.outputs
+        self.program, self.inputs, self.outputs = program.module, tuple(program.inputs), program.outputs
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        return dict(zip(self.outputs, self.program(**inputs), strict=True))
+        return dict(zip(self.outputs, self.program(*(inputs[name] for name in self.inputs)), strict=True))

@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from edgevlm.artifacts import ExportedModel
 from targets.base import TARGETS
-from targets.program import ENCODE
+from targets.program import Program
 from targets.source import Source, files_under, folder_mb, named_module
 
 SCHEMES = {
@@ -72,13 +74,14 @@ def _quantise(content: bytes, source: Source) -> bytes:
     from ai_edge_quantizer.utils.qsv_utils import min_max_update
 
     op = qtyping.TFLOperationName
+    static = [program for program in source.programs if program.name in source.static and _has_convolutions(program)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / FILE
         path.write_bytes(content)
         work = quantizer.Quantizer(str(path))
         for kind in (op.FULLY_CONNECTED, op.EMBEDDING_LOOKUP):
             work.add_dynamic_config(".*", kind, num_bits=8)
-        for kind in (op.CONV_2D, op.DEPTHWISE_CONV_2D):
+        for kind in (op.CONV_2D, op.DEPTHWISE_CONV_2D) if static else ():
             work.add_static_config(".*", kind, activation_num_bits=8, weight_num_bits=8)
         for kind in (op.INPUT, op.OUTPUT):
             work.update_quantization_recipe(".*", kind, algorithm_key=AlgorithmName.NO_QUANTIZE)
@@ -90,11 +93,16 @@ def _quantise(content: bytes, source: Source) -> bytes:
         recipe = recipe_manager.RecipeManager()
         recipe.load_quantization_recipe(work.get_quantization_recipe())
         ranges = calibrator.Calibrator(str(path), num_threads=1, qsv_update_func=min_max_update)
-        ranges.calibrate({ENCODE: source.calibration_inputs(source.encode, "tflite")}, recipe)
-        quantised = work.quantize(ranges.get_model_qsvs()).quantized_model
+        if static:
+            ranges.calibrate({p.name: source.calibration_inputs(p, "tflite") for p in static}, recipe)
+        quantised = work.quantize(ranges.get_model_qsvs() if static else None).quantized_model
         if quantised is None:
             raise ValueError("the quantiser returned no model")
         return bytes(quantised)
+
+
+def _has_convolutions(program: Program) -> bool:
+    return any(isinstance(module, nn.Conv2d) for module in program.module.modules())
 
 
 def _short_names(content: bytes) -> bytes:

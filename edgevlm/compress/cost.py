@@ -1,7 +1,7 @@
 """What a model costs, as a sum of terms that shrink with the groups they belong to: parameters and multiply-adds."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,27 @@ from edgevlm.models.groups import Group
 from edgevlm.models.vlm import VLM
 
 Measure = Literal["parameters", "macs"]
+
+
+class Cost(Protocol):
+    """What a model costs in some unit, for any number of members in its groups."""
+
+    @property
+    def whole(self) -> float:
+        """With all members."""
+        ...
+
+    def of(self, members: Mapping[str, Any]) -> Any:
+        """The cost with so many members (numbers or tensors) left in each group; those not named are whole."""
+        ...
+
+    def only(self, names: Iterable[str]) -> "Cost":
+        """Of whatever any of these groups has a part in."""
+        ...
+
+    def show(self, value: float) -> str:
+        """A cost in words."""
+        ...
 
 
 class Term(NamedTuple):
@@ -46,6 +67,10 @@ class CostModel(NamedTuple):
         """The terms in which any of these groups has a part."""
         chosen = set(names)
         return CostModel(tuple(term for term in self.terms if chosen & set(term.groups)), self.sizes)
+
+    def show(self, value: float) -> str:
+        """A cost in words."""
+        return f"{value:,.0f}"
 
 
 def cost_model(model: VLM, groups: Sequence[Group], measure: Measure, num_words: int) -> CostModel:

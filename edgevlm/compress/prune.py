@@ -6,29 +6,51 @@ budget, and every step encodes images; with the fusion alone it trains on the ca
 """
 
 import contextlib
+import copy
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from edgevlm import processes
-from edgevlm.artifacts import STRUCTURE, Checkpoint, GroupKept, Structure
-from edgevlm.compress.cost import cost_model
+from edgevlm.artifacts import STRUCTURE, Checkpoint, GroupKept, LatencyTable, Structure
+from edgevlm.compress.cost import Cost, cost_model
 from edgevlm.compress.distil import DistilObjective, load_teacher
 from edgevlm.compress.joint import JointObjective, fit_images
-from edgevlm.compress.shrink import shrink
+from edgevlm.compress.latency import latency_model
+from edgevlm.compress.shrink import Kept, check_reachable, shrink, steps_of
 from edgevlm.compress.structure import METHODS, TRAINED, Pruning
+from edgevlm.errors import RecipeError
 from edgevlm.job import Job
+from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
-from edgevlm.models.groups import groups_of
+from edgevlm.models.groups import Group, groups_of
+from edgevlm.models.vlm import VLM
 from edgevlm.train.answering import evaluate, fit_answers, report, save_answering
 from edgevlm.train.regions import evaluation_splits
 
-UNITS = {"parameters": "parameters", "macs": "multiply-adds"}
+UNITS = {"parameters": "parameters", "macs": "multiply-adds", "ms": "of the time"}
+CHOSEN = ".chosen.json"
+"""What stays, once it was measured: a resumed run must not measure, and so perhaps choose, again."""
+CLOSE_ENOUGH, MAX_TRIES = 0.02, 5
+"""Of a budget in milliseconds: where the search for the structure that takes it ends."""
+
+Meter = Callable[[VLM], float]
+"""A model -> what it takes on the recipe's target, milliseconds."""
 
 
-def prune(job: Job) -> Checkpoint:
-    """Choose the structure, remove everything else, and fine-tune what is left under the teacher."""
+def prune(job: Job, meter: Meter | None = None) -> Checkpoint:
+    """Choose the structure, remove everything else, and fine-tune what is left under the teacher.
+
+    Args:
+        job: with the artifact `latency` among its inputs where the budget is a time.
+        meter: measures a candidate, where the budget is a time.
+
+    Raises:
+        RecipeError: a budget out of reach; the least is named.
+    """
     recipe, section = job.recipe, job.recipe.prune
     student, manifest = vlm.load(job.inputs["distil"])
     teacher = load_teacher(job, manifest)
@@ -51,14 +73,23 @@ def prune(job: Job) -> Checkpoint:
             fit_answers(trained, student, job, its_section, **settings)
 
     groups = tuple(groups_of(student, section.parts))
-    everything = cost_model(student, groups, section.measure, manifest.tokenizer.max_tokens)
-    cost = everything.only(group.name for group in groups)  # the share asked for is one of what can be removed
-    choice = METHODS[section.method](Pruning(section, student, objective(), groups, cost, fit))
-    kept = choice.kept
+    cost = cost_of(job, student, groups, manifest)
+    sparsity = section.sparsity if section.target_ms is None else 1 - section.target_ms / cost.whole
+    if sparsity <= 0:
+        raise RecipeError(
+            f"prune: the student takes {cost.show(cost.whole)}, no more than the {section.target_ms:g} ms it may take",
+            "Ask for less, or leave prune out",
+        )
+    check_reachable(groups, cost, cost.whole * (1 - sparsity), section.round_to)  # before hours of training
+    pruning = Pruning(section, student, objective(), groups, cost, fit, sparsity)
+    choice = METHODS[section.method](pruning)
+    kept = _recall(job) or (
+        choice.at(pruning.budget) if meter is None else measured_choice(pruning, choice.at, meter, job)
+    )
     achieved = 1 - cost.of({name: len(members) for name, members in kept.items()}) / cost.whole
     structure = Structure(
         measure=section.measure,
-        asked=1 - section.sparsity,
+        asked=1 - sparsity,
         cost=cost.whole,
         kept=1 - achieved,
         groups={g.name: GroupKept(part=g.part, size=g.size, kept=len(kept[g.name])) for g in groups},
@@ -68,8 +99,8 @@ def prune(job: Job) -> Checkpoint:
         (job.out_dir / STRUCTURE).write_text(structure.model_dump_json(indent=1) + "\n")
     shrink(student, groups, kept)
     job.reporter.say(
-        f"  prune: {achieved:.1%} of {cost.whole:,.0f} prunable {UNITS[section.measure]} removed "
-        f"(asked {section.sparsity:.0%}); "
+        f"  prune: {achieved:.1%} of {cost.show(cost.whole)} prunable {UNITS[section.measure]} removed "
+        f"(asked {sparsity:.0%}); "
         f"heads {student.config.fusion.layer_heads}, neurons {student.config.fusion.layer_ffn}"
     )
     steps = section.recover_steps + (0 if section.method in TRAINED else section.steps)
@@ -78,5 +109,64 @@ def prune(job: Job) -> Checkpoint:
     regions = evaluation_splits(job, student, manifest) if joint else contextlib.nullcontext(job.inputs["regions"])
     with regions as cache:
         metrics = evaluate(student, job, cache=cache) | {"sparsity": achieved}
+    if meter is not None:
+        metrics["pruned_ms"] = processes.from_main(meter(student.eval()) if processes.is_main() else 0.0)
+        job.reporter.say(f"  pruned: {metrics['pruned_ms']:.3f} ms on {section.target} {section.precision}")
     report(job, "pruned", metrics)
     return save_answering(job, student, manifest, metrics)
+
+
+def cost_of(job: Job, student: VLM, groups: Sequence[Group], manifest: Checkpoint) -> Cost:
+    """What the recipe measures: of all that can be removed, or of the whole where it is a time."""
+    section = job.recipe.prune
+    if section.measure == "ms":
+        table = read_manifest(job.inputs["latency"], LatencyTable)
+        return latency_model(table, {group.name: group.size for group in groups})
+    everything = cost_model(student, groups, section.measure, manifest.tokenizer.max_tokens)
+    return everything.only(group.name for group in groups)
+
+
+def measured_choice(pruning: Pruning, at: Callable[[float], Kept], meter: Meter, job: Job) -> Kept:
+    """The structure that takes the budget's time when it is measured, whatever the table says it should take.
+
+    The table's pieces have the right slopes, and their sum may be off by what runs between them: the budget given to the
+    table moves by the difference between what was asked and what was measured.
+    """
+    best: tuple[float, Kept] | None = None
+    if processes.is_main():
+        budget = asked = pruning.budget
+        least = pruning.cost.of(steps_of(pruning.groups, pruning.section.round_to))
+        for _ in range(MAX_TRIES):
+            kept = at(budget)
+            smaller = copy.deepcopy(pruning.student).eval()
+            shrink(smaller, pruning.groups, kept)
+            measured = meter(smaller)
+            job.reporter.say(f"  prune: measured {measured:.3f} ms, asked {asked:.3f} ms")
+            miss = abs(measured - asked)
+            if best is None or miss < best[0]:
+                best = (miss, kept)
+            if miss <= CLOSE_ENOUGH * asked:
+                break
+            budget = min(pruning.cost.whole, max(least, budget + asked - measured))
+        assert best is not None
+        _remember(job, best[1])
+    processes.barrier()
+    found = _recall(job)
+    assert found is not None
+    return found
+
+
+def _remember(job: Job, kept: Kept) -> None:
+    temporary = job.out_dir / f"{CHOSEN}.tmp"
+    temporary.write_text(json.dumps({"key": job.provenance.key, "kept": kept}))
+    temporary.replace(job.out_dir / CHOSEN)
+
+
+def _recall(job: Job) -> Kept | None:
+    try:
+        found = json.loads((job.out_dir / CHOSEN).read_bytes())
+    except OSError:
+        return None
+    if found["key"] != job.provenance.key:
+        return None
+    return {name: tuple(members) for name, members in found["kept"].items()}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from edgevlm.compress.cost import CostModel
+from edgevlm.compress.cost import Cost
 from edgevlm.errors import RecipeError
 from edgevlm.models.groups import Group, cut
 from edgevlm.models.vlm import VLM
@@ -19,9 +19,24 @@ def masks(groups: Sequence[Group], kept: Kept) -> dict[str, Tensor]:
     return {g.name: torch.zeros(g.size).index_fill_(0, torch.tensor(kept[g.name]), 1.0) for g in groups}
 
 
+def steps_of(groups: Sequence[Group], round_to: int) -> dict[str, int]:
+    """Group -> what its count is a multiple of, and what it keeps at least; heads go one by one."""
+    return {g.name: 1 if g.name.startswith("heads.") else min(round_to, g.size) for g in groups}
+
+
+def check_reachable(groups: Sequence[Group], cost: Cost, budget: float, round_to: int) -> None:
+    """Raise RecipeError, which names the least, where a budget is below it."""
+    least = cost.of(steps_of(groups, round_to))
+    if budget < least * (1 - 1e-6):
+        raise RecipeError(
+            f"prune: {cost.show(budget)} is below the least that can be kept, {cost.show(least)} of {cost.show(cost.whole)}",
+            f"Remove at most {100 * (1 - least / cost.whole):.0f} %, or lower prune.round_to",
+        )
+
+
 def fill_budget(
     groups: Sequence[Group],
-    cost: CostModel,
+    cost: Cost,
     budget: float,
     round_to: int,
     wanted: Callable[[float], Mapping[str, float]],
@@ -42,14 +57,8 @@ def fill_budget(
     Raises:
         RecipeError: the budget is below the least that can be kept.
     """
-    steps = {g.name: 1 if g.name.startswith("heads.") else min(round_to, g.size) for g in groups}
-    sizes = {g.name: g.size for g in groups}
-    least = cost.of(steps)
-    if budget < least * (1 - 1e-6):
-        raise RecipeError(
-            f"prune: {budget:,.0f} is below the least that can be kept, {least:,.0f} of {cost.whole:,.0f}",
-            f"Remove at most {100 * (1 - least / cost.whole):.0f} %, or lower prune.round_to",
-        )
+    steps, sizes = steps_of(groups, round_to), {g.name: g.size for g in groups}
+    check_reachable(groups, cost, budget, round_to)
 
     def whole_steps(level: float) -> dict[str, int]:
         numbers = wanted(level)

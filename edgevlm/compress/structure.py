@@ -10,12 +10,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from edgevlm.compress.cost import CostModel
+from edgevlm.compress.cost import Cost
 from edgevlm.compress.shrink import Kept, fill_budget, masks
 from edgevlm.models.gates import Gates, gated
 from edgevlm.models.groups import Group
@@ -28,9 +29,10 @@ HISTORY_POINTS = 100
 
 
 class Choice(NamedTuple):
-    """The structure that was chosen, and how the training came to it."""
+    """The structures that were found, and how the training came to them."""
 
-    kept: Kept
+    at: Callable[[float], Kept]
+    """Cost -> what stays at that cost; the ranking of members stays the same."""
     history: dict[int, dict[str, float]]
     """Steps done -> group -> share of its members that were (expected to be) open."""
 
@@ -44,15 +46,18 @@ class Pruning:
     inner: nn.Module
     """Loss of the student without gates."""
     groups: tuple[Group, ...]
-    cost: CostModel
-    """Of what can be removed."""
+    cost: Cost
+    """Of what can be removed, or of the whole where it is a time."""
     fit: Callable[..., None]
     """Train while choosing: (objective, parameter groups of the optimiser, hooks as in `train.loop.fit`)."""
+
+    sparsity: float
+    """Share of `cost` to remove."""
 
     @property
     def budget(self) -> float:
         """What may stay, in the unit of `cost`."""
-        return self.cost.whole * (1 - self.section.sparsity)
+        return self.cost.whole * (1 - self.sparsity)
 
     def fill(self, wanted: Callable[[float], dict[str, float]], scores: dict[str, Tensor], budget: float) -> Kept:
         """See `fill_budget`."""
@@ -136,7 +141,7 @@ def by_gates(pruning: Pruning) -> Choice:
     objective = PruneObjective(pruning)
 
     def before_step(step: int) -> None:
-        objective.target = target_sparsity(step, section.steps, section.ramp, section.sparsity)
+        objective.target = target_sparsity(step, section.steps, section.ramp, pruning.sparsity)
 
     def after_step(step: int) -> None:
         objective.gates.clamp_()
@@ -148,8 +153,7 @@ def by_gates(pruning: Pruning) -> Choice:
         {"params": [objective.multipliers], "lr": section.gate_lr, "weight_decay": 0.0, "maximize": True},
     ]
     pruning.fit(objective, optimised, before_step=before_step, after_step=after_step)
-    kept = choose_by_gates(objective.gates, pruning.fill, pruning.budget)
-    return Choice(kept, objective.history.by_step())
+    return Choice(partial(choose_by_gates, objective.gates, pruning.fill), objective.history.by_step())
 
 
 # --- baselines ---------------------------------------------------------------------------------------------------
@@ -187,7 +191,7 @@ class GradientObjective(nn.Module):
                 self.get_buffer(f"sum_{_key(group)}").add_(value.grad.abs())
                 value.grad = None
         section = pruning.section
-        sparsity = target_sparsity(step, section.steps, section.ramp, section.sparsity)
+        sparsity = target_sparsity(step, section.steps, section.ramp, pruning.sparsity)
         for name, mask in masks(pruning.groups, self.choose(pruning.cost.whole * (1 - sparsity))).items():
             self.get_buffer(f"open_{name.replace('.', '_')}").copy_(mask)
         self.history.record(step, lambda: {g.name: self.get_buffer(f"open_{_key(g)}").sum() for g in pruning.groups})
@@ -204,29 +208,37 @@ def by_gradient(pruning: Pruning) -> Choice:
     section, objective = pruning.section, GradientObjective(pruning)
     optimised = parameter_groups(pruning.inner, section.lr, section.weight_decay)
     pruning.fit(objective, optimised, after_step=objective.accumulate)
-    return Choice(objective.choose(pruning.budget), objective.history.by_step())
+    return Choice(objective.choose, objective.history.by_step())
 
 
 def by_modality(pruning: Pruning) -> Choice:
     """One ranking within each part, each at the same share of its own cost."""
     scores = standardised(magnitudes(pruning.student, pruning.groups))
-    kept: Kept = {}
+    parts = []
     for part in sorted({group.part for group in pruning.groups}):
-        names = {group.name for group in pruning.groups if group.part == part}
-        whole = pruning.cost.only(names)
-        own = replace(pruning, groups=tuple(group for group in pruning.groups if group.part == part), cost=whole)
-        kept |= by_threshold(own, {name: scores[name] for name in names}, own.budget)
-    return Choice(kept, {})
+        own = tuple(group for group in pruning.groups if group.part == part)
+        parts.append(replace(pruning, groups=own, cost=pruning.cost.only(group.name for group in own)))
+    prunable = sum(part.cost.whole for part in parts)
+
+    def at(budget: float) -> Kept:
+        share = 1 - (pruning.cost.whole - budget) / prunable
+        kept: Kept = {}
+        for part in parts:
+            kept |= by_threshold(part, {g.name: scores[g.name] for g in part.groups}, share * part.cost.whole)
+        return kept
+
+    return Choice(at, {})
 
 
 def by_magnitude(pruning: Pruning) -> Choice:
     """The same share of every group."""
+    scores = magnitudes(pruning.student, pruning.groups)
 
     def wanted(level: float) -> dict[str, float]:
         share = torch.sigmoid(torch.tensor(level)).item()
         return {group.name: share * group.size for group in pruning.groups}
 
-    return Choice(pruning.fill(wanted, magnitudes(pruning.student, pruning.groups), pruning.budget), {})
+    return Choice(lambda budget: pruning.fill(wanted, scores, budget), {})
 
 
 METHODS: dict[str, Callable[[Pruning], Choice]] = {

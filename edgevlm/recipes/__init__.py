@@ -94,6 +94,12 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     values[last] = yaml.safe_load(text)
 
 
+def time_budget(target_ms: float, target: str, precision: str) -> list[str]:
+    """Overrides that prune extractor and fusion until an image and a question take so long on a target."""
+    values = {"measure": "ms", "target_ms": target_ms, "target": target, "precision": precision}
+    return ["prune.parts=[vision, fusion]", *(f"prune.{key}={value}" for key, value in values.items())]
+
+
 def _section_in(annotation: Any) -> Any:
     """The section of a field that may also be None."""
     return next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)
