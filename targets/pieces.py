@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from edgevlm.models.groups import Group, cut
 from edgevlm.models.tee import TEE
@@ -135,13 +136,14 @@ class Alone(nn.Module):
             at.add_module(parent, nn.Module())
             at = at.get_submodule(parent)
         at.add_module(last, module)
-        self.path, self.others = path, [None if isinstance(x, Tensor) else x for x in arguments]
-        self.is_tensor = [isinstance(x, Tensor) for x in arguments]
+        leaves, self.form = tree_flatten(arguments)
+        self.path, self.others = path, [None if isinstance(x, Tensor) else x for x in leaves]
+        self.is_tensor = [isinstance(x, Tensor) for x in leaves]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = iter(tensors)
-        arguments = [next(given) if tensor else x for tensor, x in zip(self.is_tensor, self.others, strict=True)]
-        result = self.get_submodule(self.path)(*arguments)
+        leaves = [next(given) if tensor else x for tensor, x in zip(self.is_tensor, self.others, strict=True)]
+        result = self.get_submodule(self.path)(*tree_unflatten(leaves, self.form))
         return (result if isinstance(result, Tensor) else result[0],)  # a layer also tells its attention
 
 
@@ -172,7 +174,7 @@ class Boxes(nn.Module):
 def _module(path: str) -> Callable[[VLM, Capture], tuple[nn.Module, list[Tensor]]]:
     def build(model: VLM, seen: Capture) -> tuple[nn.Module, list[Tensor]]:
         arguments = seen.arguments[path]
-        inputs = [x for x in arguments if isinstance(x, Tensor)]
+        inputs = [x for x in tree_flatten(arguments)[0] if isinstance(x, Tensor)]
         return Alone(path, model.get_submodule(path), arguments), inputs
 
     return build
