@@ -1,6 +1,6 @@
-"""Trunks: any timm model with `features_only`, plus two small ones of ours that train in minutes on a CPU.
+"""Trunks: any timm model with `features_only`, plus three of ours: two that train in minutes on a CPU, one for photos.
 
-The two follow EfficientNet-Lite (no squeeze-excite, ReLU6: what int8 and NPUs like), with fused MBConv blocks in the
+They follow EfficientNet-Lite (no squeeze-excite, ReLU6: what int8 and NPUs like), with fused MBConv blocks in the
 early stages, where depthwise convolutions leave most of an int8 core idle.
 """
 
@@ -25,7 +25,7 @@ from timm.models._efficientnet_builder import decode_arch_def  # noqa: E402
 from timm.models.efficientnet import _create_effnet  # noqa: E402
 
 # timm asks each trunk of a module for this table; ours have no pre-trained weights.
-default_cfgs = generate_default_cfgs({"edgevlm_nano": {}, "test_edgevlm": {}})
+default_cfgs = generate_default_cfgs({"edgevlm_nano": {}, "edgevlm_fused": {}, "test_edgevlm": {}})
 
 
 def _lite(name: str, stem: int, arch_def: list[list[str]], pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
@@ -45,6 +45,17 @@ def edgevlm_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """About 0.3M parameters in few, wide, dense convolutions: the form that keeps an int8 core busy."""
     arch_def = [["cn_r1_k3_s2_e1_c32"], ["cn_r2_k3_s2_e1_c64"], ["cn_r2_k3_s2_e1_c96"], ["cn_r1_k3_s2_e1_c128"]]
     return _lite("edgevlm_nano", 16, arch_def, pretrained, kwargs)
+
+
+@register_model
+def edgevlm_fused(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """For photos of about 320 px: fused MBConv down to stride 16, few wide layers, depthwise ones only on the last map.
+
+    A depthwise 3x3 takes as long in int8 as in fp32, so a trunk of MBConv blocks gains little from int8; pruning to
+    milliseconds finds expanded channels to remove in every block of this one.
+    """
+    arch_def = [["er_r1_k3_s2_e3_c32"], ["er_r2_k3_s2_e3_c48"], ["er_r2_k3_s2_e3_c96"], ["ir_r3_k3_s2_e4_c160"]]
+    return _lite("edgevlm_fused", 24, arch_def, pretrained, kwargs)
 
 
 @register_model

@@ -21,6 +21,18 @@ _TEE_D0 = TEEConfig(
     attribute_head="own",
 )
 
+# For inputs of about 320 px: no level above P6, and a fifth of the boxes (300 would be a third of all the work).
+_TEE_EDGE = _TEE_D0.model_copy(
+    update={
+        "num_levels": 4,
+        "candidates_per_level": 128,
+        "num_proposals": 64,
+        "num_regions": 32,
+        "roi_hidden": 512,
+        "attribute_head": "linear",
+    }
+)
+
 TEES: dict[str, TEEConfig] = {
     "test-tee": TEEConfig(
         trunk="test_edgevlm",
@@ -47,18 +59,9 @@ TEES: dict[str, TEEConfig] = {
     ),
     # The same without squeeze-excite and with ReLU6 throughout, which int8 and NPUs take as they are.
     "tee-lite0": _TEE_D0.model_copy(update={"trunk": "efficientnet_lite0"}),
-    # For inputs of about 320 px: no level above P6, and a fifth of the boxes (300 would be a third of all the work).
-    "tee-lite0-edge": _TEE_D0.model_copy(
-        update={
-            "trunk": "efficientnet_lite0",
-            "num_levels": 4,
-            "candidates_per_level": 128,
-            "num_proposals": 64,
-            "num_regions": 32,
-            "roi_hidden": 512,
-            "attribute_head": "linear",
-        }
-    ),
+    "tee-lite0-edge": _TEE_EDGE.model_copy(update={"trunk": "efficientnet_lite0"}),
+    # The same form on a trunk that int8 likes.
+    "tee-fused-edge": _TEE_EDGE.model_copy(update={"trunk": "edgevlm_fused"}),
 }
 """Extractor name -> config."""
 

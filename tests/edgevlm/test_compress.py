@@ -20,7 +20,7 @@ from edgevlm.models.registry import FUSIONS, TEES
 from edgevlm.models.vlm import VLM
 from tests.edgevlm.tiny import LABELS, SPEC, TOKENIZER, tiny_ids, tiny_regions, tiny_vlm
 
-TRUNKS = ("test_edgevlm", "edgevlm_nano", "efficientnet_lite0", "efficientnet_b0")
+TRUNKS = ("test_edgevlm", "edgevlm_nano", "edgevlm_fused", "efficientnet_lite0", "efficientnet_b0")
 
 
 def model_with(trunk: str, first_level: int = 3, seed: int = 0, fpn: int = 32) -> VLM:
