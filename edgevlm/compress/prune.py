@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from edgevlm import processes
-from edgevlm.artifacts import STRUCTURE, Checkpoint, GroupKept, Structure
+from edgevlm.artifacts import STRUCTURE, Checkpoint, FusionConfig, GroupKept, Structure
 from edgevlm.compress.cost import cost_model
 from edgevlm.compress.distil import DistilObjective, load_teacher
 from edgevlm.compress.joint import JointObjective, fit_images
@@ -21,6 +21,7 @@ from edgevlm.compress.structure import METHODS, TRAINED, Pruning
 from edgevlm.job import Job
 from edgevlm.models import vlm
 from edgevlm.models.groups import groups_of
+from edgevlm.models.stacks import stacks_of
 from edgevlm.train.answering import evaluate, fit_answers, report, save_answering
 from edgevlm.train.regions import evaluation_splits
 
@@ -69,8 +70,7 @@ def prune(job: Job) -> Checkpoint:
     shrink(student, groups, kept)
     job.reporter.say(
         f"  prune: {achieved:.1%} of {cost.whole:,.0f} prunable {UNITS[section.measure]} removed "
-        f"(asked {section.sparsity:.0%}); "
-        f"heads {student.config.fusion.layer_heads}, neurons {student.config.fusion.layer_ffn}"
+        f"(asked {section.sparsity:.0%}); {_left(student.config.fusion)}"
     )
     steps = section.recover_steps + (0 if section.method in TRAINED else section.steps)
     if steps:
@@ -80,3 +80,14 @@ def prune(job: Job) -> Checkpoint:
         metrics = evaluate(student, job, cache=cache) | {"sparsity": achieved}
     report(job, "pruned", metrics)
     return save_answering(job, student, manifest, metrics)
+
+
+def _left(config: FusionConfig) -> str:
+    """Heads and neurons of every layer."""
+    texts = []
+    for stack in stacks_of(config):
+        name = "" if stack.name == "fusion" else f"{stack.name}: "
+        texts.append(f"{name}heads {getattr(config, stack.heads)}, neurons {getattr(config, stack.ffn)}")
+        if stack.cross_heads is not None:
+            texts[-1] += f", heads to the image {getattr(config, stack.cross_heads)}"
+    return "; ".join(texts)

@@ -135,7 +135,7 @@ def test_tags_take_berts_second_type(bert: tuple[Any, Path]) -> None:
     types = torch.tensor([[0] * 5 + [1] * 7])
     with torch.no_grad():
         theirs = model(input_ids=ids, token_type_ids=types, output_hidden_states=True).hidden_states[0]
-        ours = fusion.embed(torch.zeros(1, 1, 16), torch.zeros(1, 1, 4), ids, num_caption=5)[:, :12]
+        ours = fusion.embed_words(ids, num_caption=5)[:, :12]
     torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
 
 
