@@ -14,7 +14,7 @@ from torch import nn
 from edgevlm import processes
 from edgevlm.artifacts import STRUCTURE, Checkpoint, FusionConfig, GroupKept, Structure
 from edgevlm.compress.cost import cost_model
-from edgevlm.compress.distil import DistilObjective, load_teacher
+from edgevlm.compress.distil import DistilObjective, load_teacher, published
 from edgevlm.compress.joint import JointObjective, fit_images
 from edgevlm.compress.shrink import shrink
 from edgevlm.compress.structure import METHODS, TRAINED, Pruning
@@ -30,7 +30,7 @@ UNITS = {"parameters": "parameters", "macs": "multiply-adds"}
 
 def prune(job: Job) -> Checkpoint:
     """Choose the structure, remove everything else, and fine-tune what is left under the teacher."""
-    recipe, section = job.recipe, job.recipe.prune
+    recipe, section = job.recipe, published(job.recipe.prune, job.recipe)
     student, manifest = vlm.load(job.inputs["distil"])
     teacher = load_teacher(job, manifest)
     seed = recipe.seed + 3 + 1000 * section.seed
