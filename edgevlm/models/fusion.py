@@ -289,8 +289,8 @@ class Fusion(nn.Module):
                 region_keep = trimmed.valid_BN if trimmed.kept_BN is None else trimmed.valid_BN * trimmed.kept_BN
                 mask = attention_mask(self.image_valid(trimmed.valid_BN))
                 image = Image(trimmed.tokens_BTD, mask, self.image_valid(region_keep))
-        regions_BND = image.tokens_BSD[:, length:] * x[:, :1]
-        looked_at = cross.cross_BHTS[-1][:, :, 0, length:].mean(1)
+        regions_BND = _behind(image.tokens_BSD, length) * x[:, :1]
+        looked_at = _behind(cross.cross_BHTS[-1][:, :, 0].mean(1), length)
         stacks: dict[StackName, States] = {"vision": vision, "text": text, "cross": cross}
         return self._output(x[:, 0], regions_BND, looked_at, stacks, trimmed, valid_BN)
 
@@ -308,13 +308,14 @@ class Fusion(nn.Module):
         """Rank the regions, which are the last of the tokens, and keep the best: gathered, or masked at a temperature."""
         assert self.trimmer is not None, "a config with trim_after has a trimmer"
         length = tokens_BTD.shape[1] - valid_BN.shape[1]
-        regions = tokens_BTD[:, length:]
+        regions = _behind(tokens_BTD, length)
         # The trimmer reads the trunk's states but does not steer them: it only ranks.
         scores = self.trimmer(regions, cls_BD) + (1.0 - valid_BN) * MASKED
         if temperature is not None:
             return Trimmed(tokens_BTD, valid_BN, straight_through_keep(scores, num_keep, temperature), None, scores)
         index = torch.topk(scores, num_keep, dim=1).indices
-        tokens_BTD = torch.cat([tokens_BTD[:, :length], take(regions, index)], dim=1)
+        kept_BKD = take(regions, index)
+        tokens_BTD = torch.cat([tokens_BTD[:, :length], kept_BKD], dim=1) if length else kept_BKD
         return Trimmed(tokens_BTD, take(valid_BN, index), None, index, scores)
 
     def _output(
@@ -332,6 +333,11 @@ class Fusion(nn.Module):
             looked_at = torch.matmul(looked_at.unsqueeze(1), places).squeeze(1)
         pooled = torch.tanh(self.pooler(cls_BD))
         return FusionOutput(pooled, regions_BND, looked_at, stacks, trimmed.scores_BN if trimmed else None)
+
+
+def _behind(x: Tensor, length: int) -> Tensor:
+    """What stands behind the first `length` tokens; no empty slice, for Core ML's converter has no name for it."""
+    return x[:, length:] if length else x
 
 
 def _layers(
