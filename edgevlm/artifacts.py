@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 WEIGHTS = "model.safetensors"
 """Weights of a checkpoint."""
@@ -137,15 +137,31 @@ class TEEConfig(Frozen):
         return self.roi_hidden if self.region_feature == "hidden" else num_classes + 1 + num_attributes
 
 
+ENCODER_FIELDS = ("vision_heads", "vision_ffn", "text_heads", "text_ffn", "cross_heads")
+"""Of `FusionConfig`: all of them or none."""
+
+
 class FusionConfig(Frozen):
-    """BERT-style single-stream fusion transformer (MiniVLM, section 3). Heads and widths may differ per layer."""
+    """BERT-style fusion transformer. Heads and widths may differ per layer.
+
+    Single stream (MiniVLM, section 3): every layer reads words and regions. Two encoders (EfficientVLM): `vision_*` layers
+    read the regions alone, `text_*` layers the words alone, and `layer_*` are those of the cross-modal encoder behind them.
+    """
 
     hidden: int
     head_dim: int
     layer_heads: tuple[int, ...]
-    """Attention heads of each layer (differ after pruning); the length is the depth."""
+    """Self-attention heads of each layer (differ after pruning); the length is the depth."""
     layer_ffn: tuple[int, ...]
     """FFN neurons of each layer (differ after pruning)."""
+    vision_heads: tuple[int, ...] = ()
+    """Two encoders: heads of each layer over the regions. Empty, as the four below = single stream."""
+    vision_ffn: tuple[int, ...] = ()
+    text_heads: tuple[int, ...] = ()
+    """Two encoders: heads of each layer over the words."""
+    text_ffn: tuple[int, ...] = ()
+    cross_heads: tuple[int, ...] = ()
+    """Two encoders: heads of each cross-modal layer's attention from the words to the regions."""
     dropout: float = 0.0
     trim_after: int | None = None
     """Layer index after which region tokens are trimmed to the rung's budget; None = never."""
@@ -169,6 +185,52 @@ class FusionConfig(Frozen):
             layer_ffn=(ffn,) * layers,
             **rest,
         )
+
+    @classmethod
+    def two_encoders(
+        cls, *, hidden: int, vision: int, text: int, cross: int, heads: int, ffn: int, **rest: Any
+    ) -> Self:
+        """A config of two encoders with so many vision, text and cross-modal layers, alike in heads and FFN width."""
+        return cls.uniform(
+            hidden=hidden,
+            layers=cross,
+            heads=heads,
+            ffn=ffn,
+            vision_heads=(heads,) * vision,
+            vision_ffn=(ffn,) * vision,
+            text_heads=(heads,) * text,
+            text_ffn=(ffn,) * text,
+            cross_heads=(heads,) * cross,
+            **rest,
+        )
+
+    @property
+    def has_encoders(self) -> bool:
+        """Whether regions and words have encoders of their own."""
+        return bool(self.cross_heads)
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        given = [getattr(self, name) for name in ENCODER_FIELDS]
+        if not any(given):
+            return self
+        if not all(given):
+            missing = next(name for name in ENCODER_FIELDS if not getattr(self, name))
+            raise ValueError(f"two encoders need layers of each kind, and {missing} names none")
+        for names in (
+            ("vision_heads", "vision_ffn"),
+            ("text_heads", "text_ffn"),
+            ("layer_heads", "layer_ffn", "cross_heads"),
+        ):
+            if len({len(getattr(self, name)) for name in names}) > 1:
+                raise ValueError(f"{', '.join(names)} must name the same number of layers")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_encoders(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A single stream is written as it was before there were encoders: hashes and manifests stay."""
+        values = handler(self)
+        return {k: v for k, v in values.items() if self.has_encoders or k not in ENCODER_FIELDS}
 
 
 class ModelConfig(Frozen):
@@ -274,7 +336,7 @@ class GroupKept(Frozen):
     """What pruning left of a group of channels, units or heads."""
 
     part: str
-    """Of the model: vision or fusion."""
+    """Of the model: vision (the extractor), and fusion, or its vision, text and cross encoder."""
     size: int
     kept: int
 

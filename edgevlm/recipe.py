@@ -207,8 +207,14 @@ class SyntheticSection(FineTuneSection):
     """Of the later stages: the dataset's labels are noisy."""
 
 
-LayerMap = Literal["even"] | tuple[Annotated[int, Field(ge=0)], ...]
-"""Teacher layer for each student layer, counted from 0; `even`: spread over its depth, last to last (2:1 gives 1, 3, 5 ...)."""
+Encoder = Literal["vision", "text", "cross"]
+"""A stack of layers of a fusion of two encoders."""
+Layers = tuple[Annotated[int, Field(ge=0)], ...]
+LayerMap = Literal["even"] | Layers | dict[Encoder, Layers]
+"""Teacher layer for each student layer, counted from 0; `even`: spread over its depth, last to last (2:1 gives 1, 3, 5 ...).
+With two encoders: `even`, or a list for some of them and the others even."""
+Weight = Annotated[float, Field(ge=0)] | dict[Encoder, Annotated[float, Field(ge=0)]]
+"""One number, or with two encoders one for each; what is not named weighs nothing."""
 
 
 class DistilSection(TeacherSection):
@@ -223,9 +229,9 @@ class DistilSection(TeacherSection):
     at images always is."""
     kd_weight: float | None = Field(None, ge=0, le=1)
     """loss = (1 - kd_weight) x task + kd_weight x distillation."""
-    hidden_weight: float | None = Field(None, ge=0)
+    hidden_weight: Weight | None = None
     """Of the mean over layers of the squared error of hidden states."""
-    attention_weight: float | None = Field(None, ge=0)
+    attention_weight: Weight | None = None
     """Of the mean over layers of the squared error of attention maps, times the number of keys."""
     layer_map: LayerMap = "even"
     nce_weight: float = Field(0.0, ge=0)
@@ -313,9 +319,10 @@ class PruneSection(TrainSection):
     """Steps of fine-tuning after the physical shrinking."""
     round_to: int = Field(8, gt=0)
     """Kept FFN widths are rounded up to a multiple of this."""
-    kd_weight: float = Field(0.5, ge=0, le=1)
-    hidden_weight: float = Field(0.1, ge=0)
-    attention_weight: float = Field(1.0, ge=0)
+    kd_weight: float | None = Field(0.5, ge=0, le=1)
+    """As in `distil`, these three: null = EfficientVLM's for the task."""
+    hidden_weight: Weight | None = 0.1
+    attention_weight: Weight | None = 1.0
     layer_map: LayerMap = "even"
 
     @field_validator("parts")

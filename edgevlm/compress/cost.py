@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm.artifacts import FusionConfig
+from edgevlm.models.fusion import Attention
 from edgevlm.models.geometry import box_numbers
 from edgevlm.models.groups import Group
+from edgevlm.models.stacks import stacks_of
 from edgevlm.models.vlm import VLM
 
 Measure = Literal["parameters", "macs"]
@@ -108,12 +110,12 @@ def cost_model(model: VLM, groups: Sequence[Group], measure: Measure, num_words:
         if left:
             terms.append(Term(factor * weight.numel() * left / weight.shape[1], out))
     if measure == "macs":
-        for i, layer in enumerate(model.fusion.layers):
-            tokens = positions[f"fusion.layers.{i}.attention.query"]
-            inner = layer.attention.num_heads * layer.attention.head_dim  # pyright: ignore
-            name = f"heads.{i}"
-            known = (name,) if any(group.name == name for group in groups) else ()
-            terms.append(Term(float(2 * tokens * tokens * inner), known))
+        heads = {point.module: group.name for group in groups for point in group.points if point.side == "input"}
+        for path, module in model.named_modules():
+            if isinstance(module, Attention):  # queries x keys, and maps x values
+                pairs = positions[f"{path}.query"] * positions[f"{path}.key"]
+                known = (heads[f"{path}.output"],) if f"{path}.output" in heads else ()
+                terms.append(Term(float(2 * pairs * module.num_heads * module.head_dim), known))
     return CostModel(tuple(terms), {group.name: group.size for group in groups})
 
 
@@ -151,17 +153,28 @@ def _positions(model: VLM, num_words: int) -> dict[str, int]:
 def prunable_parameters(config: FusionConfig) -> int:
     """By formula, the parameters of heads (query, key, value with biases, columns of the output) and FFN neurons."""
     head, neuron = 4 * config.hidden * config.head_dim + 3 * config.head_dim, 2 * config.hidden + 1
-    return sum(config.layer_heads) * head + sum(config.layer_ffn) * neuron
+    heads = sum(sum(getattr(config, s.heads)) for s in stacks_of(config)) + sum(config.cross_heads)
+    return heads * head + sum(sum(getattr(config, s.ffn)) for s in stacks_of(config)) * neuron
 
 
 def fusion_macs(config: FusionConfig, num_words: int, num_regions: int, num_keep: int, region_dim: int) -> int:
     """Multiply-adds of one answer program: projection of the regions and all layers; norms and softmax not counted."""
-    total = num_regions * (region_dim + box_numbers(config)) * config.hidden
-    num_words += len(config.parts)
-    tokens = num_words + num_regions
-    for i, (heads, ffn) in enumerate(zip(config.layer_heads, config.layer_ffn, strict=True)):
+
+    def layer(tokens: int, heads: int, ffn: int) -> int:
         inner = heads * config.head_dim
-        total += 4 * tokens * config.hidden * inner + 2 * tokens * tokens * inner + 2 * tokens * config.hidden * ffn
-        if i == config.trim_after:
-            tokens = num_words + num_keep
+        return 4 * tokens * config.hidden * inner + 2 * tokens * tokens * inner + 2 * tokens * config.hidden * ffn
+
+    total, num_parts = num_regions * (region_dim + box_numbers(config)) * config.hidden, len(config.parts)
+    if config.has_encoders:
+        for heads, ffn in zip(config.vision_heads, config.vision_ffn, strict=True):
+            total += layer(num_parts + num_regions, heads, ffn)
+        for heads, ffn in zip(config.text_heads, config.text_ffn, strict=True):
+            total += layer(num_words, heads, ffn)
+    for i, (heads, ffn) in enumerate(zip(config.layer_heads, config.layer_ffn, strict=True)):
+        kept = num_regions if config.trim_after is None or i <= config.trim_after else num_keep
+        image = num_parts + kept
+        total += layer(num_words if config.has_encoders else num_words + image, heads, ffn)
+        if config.has_encoders:  # queries and output of the words, keys and values of the image
+            inner = config.cross_heads[i] * config.head_dim
+            total += 2 * (num_words + image) * config.hidden * inner + 2 * num_words * image * inner
     return total

@@ -5,24 +5,26 @@ EfficientVLM: (1 - w) task + w (KL(logits) + a * keys * MSE(attention) + h * MSE
 contrast. A teacher whose outputs were written down (`train/teacher_outputs.py`) gives logits alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgevlm.artifacts import Checkpoint, TeacherOutputs
+from edgevlm.artifacts import Checkpoint, FusionConfig, TeacherOutputs
 from edgevlm.errors import RecipeError
 from edgevlm.job import Job
 from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
 from edgevlm.models.fusion import FusionOutput
 from edgevlm.models.registry import resolve_fusion
+from edgevlm.models.stacks import StackName, stacks_of
 from edgevlm.models.teachers import check_foreign, is_foreign
 from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM
-from edgevlm.recipe import DistilSection, LayerMap, PruneSection, Recipe
+from edgevlm.recipe import DistilSection, LayerMap, Layers, PruneSection, Recipe, Weight
 from edgevlm.tasks import answers as task
 from edgevlm.tasks.distillation import StateContrast, attention_loss, logit_loss, projection
 from edgevlm.train.answering import (
@@ -47,19 +49,36 @@ PUBLISHED = {
     "reasoning": {"kd_weight": 0.2, "attention_weight": 0.99, "hidden_weight": 0.99},
     "entailment": {"kd_weight": 0.2, "attention_weight": 0.99, "hidden_weight": 0.99},
 }
-"""EfficientVLM's weights of its cross-modal encoder (here: the fusion), by task. The code sums over layers and the weights
+"""EfficientVLM's weights of its cross-modal encoder (for us: the fusion), by task. The code sums over layers and the weights
 here are of means: VQA 0.5 x 3 layers, NLVR2 0.33 x 0.5 x 6. It has no entailment: ours is NLVR2's."""
+_TWO_VQA: dict[str, Weight] = {
+    "kd_weight": 0.4,
+    "attention_weight": {"vision": 1.0 * 6, "text": 1.0 * 3, "cross": 0.5 * 3},
+    "hidden_weight": {"vision": 0.2 * 6, "text": 1.0 * 3, "cross": 0.5 * 3},
+}
+_TWO_NLVR2: dict[str, Weight] = {
+    "kd_weight": 0.2,
+    "attention_weight": {"vision": 0.33 * 6, "text": 1.0 * 3, "cross": 0.33 * 0.5 * 6},
+    "hidden_weight": {"vision": 0.33 * 0.1 * 6, "text": 1.0 * 3, "cross": 0.33 * 0.5 * 6},
+}
+PUBLISHED_TWO = {"vqa": _TWO_VQA, "reasoning": _TWO_NLVR2, "entailment": _TWO_NLVR2}
+"""The same with two encoders: weight per layer x layers of EfficientVLM's student (6 vision, 3 text, 3 cross; NLVR2: 6 cross).
+The attention weight of `cross` is that of both its attentions."""
 
 
-def published(section: DistilSection, recipe: Recipe) -> DistilSection:
+Weighed = TypeVar("Weighed", DistilSection, PruneSection)
+
+
+def published(section: Weighed, recipe: Recipe) -> Weighed:
     """The section with every weight that it leaves open; where the teacher's logits are read, nothing else is imitated."""
-    weights: dict[str, float] = dict(PUBLISHED.get(recipe.task, PUBLISHED["vqa"]))
-    if are_wanted(recipe):
+    tables = PUBLISHED_TWO if resolve_fusion(recipe.distil.fusion).has_encoders else PUBLISHED
+    weights: dict[str, Weight] = dict(tables.get(recipe.task, tables["vqa"]))
+    if isinstance(section, DistilSection) and are_wanted(recipe):
         weights |= {"attention_weight": 0.0, "hidden_weight": 0.0}
     return section.model_copy(update={k: v for k, v in weights.items() if getattr(section, k) is None})
 
 
-def layer_map(num_student: int, num_teacher: int, asked: LayerMap = "even") -> list[int]:
+def layer_map(num_student: int, num_teacher: int, asked: Literal["even"] | Layers = "even") -> list[int]:
     """Teacher layer that each student layer imitates: evenly spread, last to last (2:1 gives 1, 3, 5 ...), or as asked.
 
     Raises:
@@ -82,41 +101,105 @@ def layer_map(num_student: int, num_teacher: int, asked: LayerMap = "even") -> l
     return list(asked)
 
 
+def stack_maps(student: FusionConfig, teacher: FusionConfig, asked: LayerMap = "even") -> dict[StackName, list[int]]:
+    """`layer_map` of every stack of the two fusions.
+
+    Raises:
+        RecipeError: they are of different forms, or the map does not fit.
+    """
+    if student.has_encoders != teacher.has_encoders:
+        raise RecipeError(
+            "One of teacher and student has two encoders, the other a single stream: their layers cannot be compared",
+            "Give both the same form, or set attention_weight and hidden_weight to 0 in distil and prune",
+        )
+    if isinstance(asked, tuple if student.has_encoders else Mapping):
+        form = "lists by encoder, {vision: [...], text: [...], cross: [...]}" if student.has_encoders else "one list"
+        raise RecipeError(f"layer_map {asked} does not fit: this fusion takes {form}", "Write that, or even")
+    maps: dict[str, Literal["even"] | Layers] = {stack.name: "even" for stack in stacks_of(student)}
+    maps |= dict(asked) if isinstance(asked, Mapping) else dict.fromkeys(maps, asked)
+    return {s.name: layer_map(s.depth(student), s.depth(teacher), maps[s.name]) for s in stacks_of(student)}
+
+
+class StackTerm(NamedTuple):
+    """What is imitated of one stack of layers."""
+
+    stack: StackName
+    layers: list[int]
+    """Teacher layer of each student layer."""
+    hidden_weight: float
+    attention_weight: float
+
+    @property
+    def states(self) -> list[tuple[int, int]]:
+        """Hidden states that are compared: the input of both stacks, then layer by layer."""
+        return [(0, 0), *((i + 1, j + 1) for i, j in enumerate(self.layers))]
+
+
+def stack_terms(
+    student: FusionConfig,
+    teacher: FusionConfig,
+    hidden_weight: Weight | None,
+    attention_weight: Weight | None,
+    asked: LayerMap = "even",
+) -> list[StackTerm]:
+    """The terms of every stack; none for fusions of two forms of which logits alone are compared.
+
+    Raises:
+        RecipeError: weights or a layer map that do not fit the two fusions.
+    """
+    weights = hidden_weight, attention_weight
+    if student.has_encoders != teacher.has_encoders and not any(weights):
+        return []
+    maps = stack_maps(student, teacher, asked)
+    for weight in weights:
+        if isinstance(weight, Mapping) and not student.has_encoders:
+            raise RecipeError(
+                f"The weights {dict(weight)} are of encoders, and the student has none", "Give one number"
+            )
+    return [
+        StackTerm(name, layers, *((w.get(name, 0.0) if isinstance(w, Mapping) else w) or 0.0 for w in weights))  # pyright: ignore
+        for name, layers in maps.items()
+    ]
+
+
 class Distiller(nn.Module):
     """Loss of a student against a frozen teacher; holds the projections between different widths.
 
-    Hidden states are compared layer by layer, and the embeddings' output with the embeddings' output.
+    Each stack of layers is compared with the teacher's of that name: hidden states layer by layer, and the input of the
+    first layer with that of the first; maps of attention, and of the attention to the image where there is one.
     """
 
     def __init__(
         self,
         student: VLM,
         teacher: VLM,
-        hidden_weight: float,
-        attention_weight: float,
+        hidden_weight: Weight | None,
+        attention_weight: Weight | None,
         layers: LayerMap = "even",
     ) -> None:
         super().__init__()
-        depths = len(student.config.fusion.layer_heads), len(teacher.config.fusion.layer_heads)
-        self.pairs = list(enumerate(layer_map(*depths, layers)))
-        self.states = [(0, 0), *((i + 1, j + 1) for i, j in self.pairs)]
-        self.hidden_weight, self.attention_weight = hidden_weight, attention_weight
-        widths = student.config.fusion.hidden, teacher.config.fusion.hidden
-        self.projections = nn.ModuleList(projection(*widths) for _ in self.states if hidden_weight)
+        ours, theirs = student.config.fusion, teacher.config.fusion
+        self.terms = stack_terms(ours, theirs, hidden_weight, attention_weight, layers)
+        compared = [state for term in self.terms if term.hidden_weight for state in term.states]
+        self.projections = nn.ModuleList(projection(ours.hidden, theirs.hidden) for _ in compared)
 
     def forward(
         self, student_logits: Tensor, student: FusionOutput, teacher_logits: Tensor, teacher: FusionOutput
     ) -> Tensor:
-        loss = logit_loss(student_logits, teacher_logits)
-        if self.attention_weight:
-            losses = [attention_loss(student.attention_BHTT[i], teacher.attention_BHTT[j]) for i, j in self.pairs]
-            loss = loss + self.attention_weight / len(losses) * torch.stack(losses).sum()
-        if self.hidden_weight:
-            losses = [
-                F.mse_loss(project(student.hidden_BTD[i]), teacher.hidden_BTD[j])
-                for (i, j), project in zip(self.states, self.projections, strict=True)
-            ]
-            loss = loss + self.hidden_weight / len(losses) * torch.stack(losses).sum()
+        loss, projections = logit_loss(student_logits, teacher_logits), iter(self.projections)
+        for term in self.terms:
+            ours, theirs = student.stacks[term.stack], teacher.stacks[term.stack]
+            maps = [(ours.attention_BHTT, theirs.attention_BHTT), (ours.cross_BHTS, theirs.cross_BHTS)]
+            for mine, others in maps if term.attention_weight else ():
+                losses = [attention_loss(mine[i], others[j]) for i, j in enumerate(term.layers) if mine]
+                if losses:
+                    loss = loss + term.attention_weight / len(losses) * torch.stack(losses).sum()
+            if term.hidden_weight:
+                losses = [
+                    F.mse_loss(project(ours.hidden_BTD[i]), theirs.hidden_BTD[j])
+                    for (i, j), project in zip(term.states, projections, strict=False)
+                ]
+                loss = loss + term.hidden_weight / len(losses) * torch.stack(losses).sum()
         return loss
 
 
@@ -143,8 +226,7 @@ class DistilObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
-        weights = section.hidden_weight or 0.0, section.attention_weight or 0.0
-        self.distiller = Distiller(student, teacher, *weights, section.layer_map)
+        self.distiller = Distiller(student, teacher, section.hidden_weight, section.attention_weight, section.layer_map)
         self.kd_weight, self.referred_weight = section.kd_weight or 0.0, referred_weight
         self.nce_weight = section.nce_weight if isinstance(section, DistilSection) else 0.0
         self.contrast = None
@@ -205,8 +287,12 @@ def start_from_teacher(student: VLM, teacher: VLM, asked: LayerMap = "even") -> 
         RecipeError: the widths differ.
     """
     theirs = teacher.state_dict()
-    depths = len(student.config.fusion.layer_heads), len(teacher.config.fusion.layer_heads)
-    layers = {f"fusion.layers.{i}.": f"fusion.layers.{j}." for i, j in enumerate(layer_map(*depths, asked))}
+    maps = stack_maps(student.config.fusion, teacher.config.fusion, asked)
+    layers = {
+        f"fusion.{stack.module}.{i}.": f"fusion.{stack.module}.{j}."
+        for stack in stacks_of(student.config.fusion)
+        for i, j in enumerate(maps[stack.name])
+    }
     state: dict[str, Tensor] = {}
     for name, value in student.state_dict().items():
         source = next((name.replace(mine, other, 1) for mine, other in layers.items() if name.startswith(mine)), name)
@@ -244,9 +330,11 @@ def check_distil(recipe: Recipe) -> None:
         check_foreign(where)
     elif where is not None:
         fusion = read_manifest(Path(where), Checkpoint, check_files=False).model.fusion
-    depths = len(resolve_fusion(section.fusion).layer_heads), len(fusion.layer_heads)
-    for asked_map in (section.layer_map, recipe.prune.layer_map):
-        layer_map(*depths, asked_map)
+    student = resolve_fusion(section.fusion)
+    for one in (published(section, recipe), published(recipe.prune, recipe)):
+        stack_terms(student, fusion, one.hidden_weight, one.attention_weight, one.layer_map)
+    if section.start == "teacher":
+        stack_maps(student, fusion, section.layer_map)
 
 
 def distil(job: Job) -> Checkpoint:

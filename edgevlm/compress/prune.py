@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from edgevlm import processes
-from edgevlm.artifacts import STRUCTURE, Checkpoint, GroupKept, LatencyTable, Structure
+from edgevlm.artifacts import STRUCTURE, Checkpoint, FusionConfig, GroupKept, LatencyTable, Structure
 from edgevlm.compress.cost import Cost, cost_model
-from edgevlm.compress.distil import DistilObjective, load_teacher
+from edgevlm.compress.distil import DistilObjective, load_teacher, published
 from edgevlm.compress.joint import JointObjective, fit_images
 from edgevlm.compress.latency import latency_model
 from edgevlm.compress.shrink import Kept, check_reachable, shrink, steps_of
@@ -27,6 +27,7 @@ from edgevlm.job import Job
 from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
 from edgevlm.models.groups import Group, groups_of
+from edgevlm.models.stacks import stacks_of
 from edgevlm.models.vlm import VLM
 from edgevlm.train.answering import evaluate, fit_answers, report, save_answering
 from edgevlm.train.regions import evaluation_splits
@@ -51,7 +52,7 @@ def prune(job: Job, meter: Meter | None = None) -> Checkpoint:
     Raises:
         RecipeError: a budget out of reach; the least is named.
     """
-    recipe, section = job.recipe, job.recipe.prune
+    recipe, section = job.recipe, published(job.recipe.prune, job.recipe)
     student, manifest = vlm.load(job.inputs["distil"])
     teacher = load_teacher(job, manifest)
     seed = recipe.seed + 3 + 1000 * section.seed
@@ -100,8 +101,7 @@ def prune(job: Job, meter: Meter | None = None) -> Checkpoint:
     shrink(student, groups, kept)
     job.reporter.say(
         f"  prune: {achieved:.1%} of {cost.show(cost.whole)} prunable {UNITS[section.measure]} removed "
-        f"(asked {sparsity:.0%}); "
-        f"heads {student.config.fusion.layer_heads}, neurons {student.config.fusion.layer_ffn}"
+        f"(asked {sparsity:.0%}); {_left(student.config.fusion)}"
     )
     steps = section.recover_steps + (0 if section.method in TRAINED else section.steps)
     if steps:
@@ -170,3 +170,14 @@ def _recall(job: Job) -> Kept | None:
     if found["key"] != job.provenance.key:
         return None
     return {name: tuple(members) for name, members in found["kept"].items()}
+
+
+def _left(config: FusionConfig) -> str:
+    """Heads and neurons of every layer."""
+    texts = []
+    for stack in stacks_of(config):
+        name = "" if stack.name == "fusion" else f"{stack.name}: "
+        texts.append(f"{name}heads {getattr(config, stack.heads)}, neurons {getattr(config, stack.ffn)}")
+        if stack.cross_heads is not None:
+            texts[-1] += f", heads to the image {getattr(config, stack.cross_heads)}"
+    return "; ".join(texts)

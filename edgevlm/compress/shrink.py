@@ -86,16 +86,14 @@ def fill_budget(
 def shrink(model: VLM, groups: Sequence[Group], kept: Kept) -> None:
     """Cut every group down to `kept`, in place, and let the model's config say so."""
     fusion, widths = model.config.fusion, dict(model.config.widths)
-    heads, neurons = list(fusion.layer_heads), list(fusion.layer_ffn)
+    fields: dict[str, list[int]] = {}
     for group in groups:
         cut(model, group, kept[group.name])
-        kind, _, layer = group.name.partition(".")
-        if kind == "heads":
-            heads[int(layer)] = len(kept[group.name])
-        elif kind == "neurons":
-            neurons[int(layer)] = len(kept[group.name])
-        else:
+        if group.place is None:
             widths[group.name] = len(kept[group.name])
-    fusion = fusion.model_copy(update={"layer_heads": tuple(heads), "layer_ffn": tuple(neurons)})
+        else:
+            field, layer = group.place
+            fields.setdefault(field, list(getattr(fusion, field)))[layer] = len(kept[group.name])
+    fusion = fusion.model_copy(update={field: tuple(numbers) for field, numbers in fields.items()})
     model.config = model.config.model_copy(update={"fusion": fusion, "widths": widths})
     model.fusion.config = fusion

@@ -4,7 +4,7 @@
 |---|---|
 | `gates` | EfficientVLM's: hard-concrete gates on everything under one Lagrangian; the split between groups is learned |
 | `gradient` | after UPop: plain gates; the sum of |gradient| ranks heads and neurons, standardised by kind; progressive |
-| `modality` | every part (vision, fusion) loses the same share of its cost; within it, one ranking of weights' norms by kind |
+| `modality` | every part (vision, fusion; with two encoders each of the three) loses the same share of its cost; within it, one ranking of weights' norms by kind |
 | `magnitude` | every group loses the same share of its members, those with the smallest weights |
 """
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from edgevlm.artifacts import TokenizerSpec
-from edgevlm.models.fusion import MASKED, Layer
+from edgevlm.models.fusion import MASKED, Attention, Layer, attention_mask
 from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM
 
@@ -41,10 +40,13 @@ class Draft:
     """Captions in the making, K per image; t words of each are decided ([CLS] is the first)."""
 
     context: list[KeyValues]
-    """Per layer (B, H, C, d): tags and regions."""
+    """Per layer that reads words (B, H, C, d): tags and, in a single stream, the image."""
     context_mask_B11C: Tensor
     words: list[KeyValues]
     """Per layer (B, H, K, t, d)."""
+    image: list[KeyValues | None]
+    """Per layer (B, H, S, d): what a cross-modal layer reads of the image; None for all others."""
+    image_valid_BS: Tensor
 
     @property
     def num_words(self) -> int:
@@ -71,19 +73,25 @@ def read_context(model: VLM, regions: Regions, tag_ids_BG: Tensor, num_caption: 
     """
     fusion = model.fusion
     blank = tag_ids_BG.new_full((tag_ids_BG.shape[0], num_caption), fusion.pad_id)
-    embedded = fusion.embed(
-        regions.features_BND, regions.boxes_norm_BN4, torch.cat([blank, tag_ids_BG], 1), num_caption
-    )
-    x_BCD = embedded[:, num_caption:]
-    valid_BC = torch.cat([(tag_ids_BG != fusion.pad_id).to(x_BCD.dtype), model.valid(regions)], dim=1)
-    mask_B11C = ((1.0 - valid_BC) * MASKED)[:, None, None, :]
-    context: list[KeyValues] = []
+    x_BCD = fusion.embed_words(torch.cat([blank, tag_ids_BG], 1), num_caption)[:, num_caption:]
+    image_BSD = fusion.embed_image(regions.features_BND, regions.boxes_norm_BN4)
+    valid_BC, image_valid = (tag_ids_BG != fusion.pad_id).to(x_BCD.dtype), fusion.image_valid(model.valid(regions))
+    if fusion.config.has_encoders:
+        for layer in fusion.vision:
+            image_BSD, *_ = layer(image_BSD, attention_mask(image_valid))
+    else:
+        x_BCD, valid_BC = torch.cat([x_BCD, image_BSD], dim=1), torch.cat([valid_BC, image_valid], dim=1)
+    mask_B11C = attention_mask(valid_BC)
+    draft = Draft([], mask_B11C, [], [], image_valid)
     for layer in _layers(model):
-        q, k, v = _project(layer, x_BCD)
-        scores = torch.matmul(q * layer.attention.head_dim**-0.5, k.transpose(-1, -2)) + mask_B11C
-        x_BCD = _rest_of_layer(layer, x_BCD, torch.matmul(scores.softmax(-1), v).transpose(1, 2).flatten(2))
-        context.append(KeyValues(k, v))
-    return Draft(context, mask_B11C, [])
+        q, k, v = _project(layer.attention, x_BCD, x_BCD)
+        scores = torch.matmul(q, k.transpose(-1, -2)) + mask_B11C
+        seen = _project(layer.cross_attention, x_BCD, image_BSD)[1:] if hasattr(layer, "cross_attention") else None
+        draft.context.append(KeyValues(k, v))
+        draft.image.append(seen and KeyValues(*seen))
+        attended = torch.matmul(scores.softmax(-1), v).transpose(1, 2).flatten(2)
+        x_BCD = _rest_of_layer(layer, x_BCD, attended, draft.image[-1], image_valid)
+    return draft
 
 
 def next_word(model: VLM, draft: Draft, last_BK: Tensor, mask_id: int) -> Tensor:
@@ -274,40 +282,54 @@ def _write(
     x_BKQD = fusion.word_norm(fusion.words(ids_BKQ) + fusion.positions(positions_Q) + fusion.types.weight[0])
     num_captions, num_context = ids_BKQ.shape[1], draft.context_mask_B11C.shape[-1]
     layers: list[KeyValues] = []
-    for index, (layer, context) in enumerate(zip(_layers(model), draft.context, strict=True)):
-        q, k, v = (x.unflatten(2, (num_captions, -1)) for x in _project(layer, x_BKQD.flatten(1, 2)))
+    for index, (layer, context, image) in enumerate(zip(_layers(model), draft.context, draft.image, strict=True)):
+        x_BTD = x_BKQD.flatten(1, 2)
+        q, k, v = (x.unflatten(2, (num_captions, -1)) for x in _project(layer.attention, x_BTD, x_BTD))
         if draft.words:
             k = torch.cat([draft.words[index].keys, k], dim=3)
             v = torch.cat([draft.words[index].values, v], dim=3)
         layers.append(KeyValues(k, v))
-        q = q * layer.attention.head_dim**-0.5
         # All captions of an image ask its one context: for that they are one row of queries.
         of_context = torch.matmul(q.flatten(2, 3), context.keys.transpose(-1, -2)) + draft.context_mask_B11C
         of_words = torch.matmul(q, k.transpose(-1, -2)) + hidden_QT
         attention = torch.cat([of_context, of_words.flatten(2, 3)], dim=-1).softmax(-1)
         from_words = torch.matmul(attention[..., num_context:].unflatten(2, (num_captions, -1)), v)
         y = torch.matmul(attention[..., :num_context], context.values) + from_words.flatten(2, 3)
-        y_BKQE = y.transpose(1, 2).flatten(2).unflatten(1, (num_captions, -1))
-        x_BKQD = _rest_of_layer(layer, x_BKQD, y_BKQE)
+        x_BTD = _rest_of_layer(layer, x_BTD, y.transpose(1, 2).flatten(2), image, draft.image_valid_BS)
+        x_BKQD = x_BTD.unflatten(1, (num_captions, -1))
     return x_BKQD, layers
 
 
 def _layers(model: VLM) -> list[Layer]:
-    return list(model.fusion.layers)  # pyright: ignore[reportReturnType]
+    """Those that read words, in order."""
+    fusion = model.fusion
+    return [*(fusion.text if fusion.config.has_encoders else ()), *fusion.layers]  # pyright: ignore[reportReturnType]
 
 
-def _project(layer: Layer, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, (B, H, T, d)."""
-    attention = layer.attention
-    split = (attention.num_heads, attention.head_dim)
-    q, k, v = (f(x_BTD).unflatten(-1, split).transpose(1, 2) for f in (attention.query, attention.key, attention.value))
-    return q, k, v
+def _project(attention: Attention, x_BTD: Tensor, read_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled queries (B, H, T, d), keys and values (B, H, S, d)."""
+
+    def heads(y: Tensor) -> Tensor:
+        return y.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+
+    q = heads(attention.query(x_BTD)) * attention.head_dim**-0.5
+    return q, heads(attention.key(read_BSD)), heads(attention.value(read_BSD))
 
 
-def _rest_of_layer(layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
-    """What follows attention in `Layer.forward`."""
+def _rest_of_layer(
+    layer: Layer, x: Tensor, attended: Tensor, image: KeyValues | None, image_valid_BS: Tensor
+) -> Tensor:
+    """What follows the tokens' attention to each other in `Layer.forward`."""
     x = layer.attention_norm(x + layer.dropout(layer.attention.output(attended)))
-    return layer.ffn_norm(x + layer.dropout(layer.ffn_out(F.gelu(layer.ffn_in(x)))))
+    if image is not None:
+        other = layer.cross_attention
+        q = other.query(x).unflatten(-1, (other.num_heads, other.head_dim)).transpose(1, 2) * other.head_dim**-0.5
+        scores = torch.matmul(q, image.keys.transpose(-1, -2)) + attention_mask(image_valid_BS)
+        attention = scores.softmax(-1) * image_valid_BS[:, None, None, :]
+        attention = attention / attention.sum(-1, keepdim=True).clamp(min=1e-9)
+        looked = torch.matmul(attention, image.values).transpose(1, 2).flatten(2)
+        x = layer.cross_norm(x + layer.dropout(other.output(looked)))
+    return layer.feed_forward(x)
 
 
 def _logits(model: VLM, states: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Where a group's gate is 0 at all its `points`, that member contributes exactly n
 | `fpn` | channels of all BiFPN maps together | behind every norm that writes a map |
 | `box.1`, `box.2` | units of the box head; those of `box.2` are the region feature | before the ReLU |
 | `heads.<layer>`, `neurons.<layer>` | attention heads and FFN neurons of the fusion | before the output projection, behind the activation |
+| `heads.<stack>.<layer>`, `neurons.<stack>.<layer>`, `heads.cross_image.<layer>` | the same of two encoders, whose stacks are `vision`, `text` and `cross`; the last are the cross-modal layers' attention to the image | as above |
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,13 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm.models._torchvision import ensure_importable
+from edgevlm.models.stacks import Part, Stack, stacks_of
 
 ensure_importable()
 
 from effdet.efficientdet import Fnode, ResampleFeatureMap  # noqa: E402
 from timm.models._efficientnet_blocks import ConvBnAct, EdgeResidual, InvertedResidual  # noqa: E402
-
-Part = Literal["vision", "fusion"]
 
 
 class Point(NamedTuple):
@@ -54,15 +54,18 @@ class Group:
     size: int
     points: tuple[Point, ...]
     slices: tuple[Slice, ...]
+    place: tuple[str, int] | None = None
+    """Where a `FusionConfig` says how many members there are: field and layer."""
 
 
-def groups_of(model: nn.Module, parts: Sequence[Part] = ("vision", "fusion")) -> list[Group]:
-    """The groups of a `VLM`, from the pixels to the answer."""
+def groups_of(model: nn.Module, parts: Sequence[Literal["vision", "fusion"]] = ("vision", "fusion")) -> list[Group]:
+    """The groups of a `VLM`, from the pixels to the answer: of its extractor (`vision`) and of all behind it (`fusion`)."""
     found: list[Group] = []
     if "vision" in parts:
         found += [*_trunk_and_fpn(model.tee), *_box_head(model)]  # pyright: ignore
     if "fusion" in parts:
-        found += _fusion(model.fusion)  # pyright: ignore
+        for stack in stacks_of(model.fusion.config):  # pyright: ignore
+            found += _stack(model.fusion, stack)
     return found
 
 
@@ -194,18 +197,26 @@ def _box_head(model: Any) -> Iterator[Group]:
 # --- the fusion --------------------------------------------------------------------------------------------------
 
 
-def _fusion(fusion: Any) -> Iterator[Group]:
-    for i, layer in enumerate(fusion.layers):
-        name, width = f"fusion.layers.{i}.attention", layer.attention.head_dim
-        slices = [Slice(f"{name}.{part}", "out", width) for part in ("query", "key", "value")]
-        slices.append(Slice(f"{name}.output", "in", width))
-        point = Point(f"{name}.output", "input", width)
-        yield Group(f"heads.{i}", "fusion", layer.attention.num_heads, (point,), tuple(slices))
-    for i, layer in enumerate(fusion.layers):
-        name = f"fusion.layers.{i}"
+def _stack(fusion: Any, stack: Stack) -> Iterator[Group]:
+    layers, own = getattr(fusion, stack.module), "" if stack.name == "fusion" else f"{stack.name}."
+    attentions = [("attention", own, stack.heads)]
+    if stack.cross_heads is not None:
+        attentions.append(("cross_attention", f"{stack.name}_image.", stack.cross_heads))
+    for attention, prefix, field in attentions:
+        for i, layer in enumerate(layers):
+            name, module = f"fusion.{stack.module}.{i}.{attention}", getattr(layer, attention)
+            width = module.head_dim
+            slices = [Slice(f"{name}.{part}", "out", width) for part in ("query", "key", "value")]
+            slices.append(Slice(f"{name}.output", "in", width))
+            point = Point(f"{name}.output", "input", width)
+            group = f"heads.{prefix}{i}"
+            yield Group(group, stack.part, module.num_heads, (point,), tuple(slices), (field, i))
+    for i, layer in enumerate(layers):
+        name = f"fusion.{stack.module}.{i}"
         slices = (Slice(f"{name}.ffn_in", "out"), Slice(f"{name}.ffn_out", "in"))
         point = Point(f"{name}.ffn_out", "input")
-        yield Group(f"neurons.{i}", "fusion", layer.ffn_in.out_features, (point,), slices)
+        size = layer.ffn_in.out_features
+        yield Group(f"neurons.{own}{i}", stack.part, size, (point,), slices, (stack.ffn, i))
 
 
 # --- cutting -----------------------------------------------------------------------------------------------------

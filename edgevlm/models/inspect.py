@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgevlm.artifacts import FusionConfig, PreprocessSpec, TEEConfig
 from edgevlm.models.fusion import Fusion
+from edgevlm.models.stacks import stacks_of
 from edgevlm.models.tee import ATTRIBUTE_HIDDEN, CLASS_EMBEDDING, TEE
 
 SCALES = {
@@ -112,7 +113,9 @@ def inspect_fusion(fusion: Fusion, num_words: int, num_regions: int) -> Part:
     training = fusion.training
     counted = count(fusion.eval(), *inputs, torch.ones(1, num_words, dtype=torch.int32))
     fusion.train(training)
-    name = f"fusion, {num_words} words and {num_regions} regions"
+    stacks = [f"{stack.depth(config)} {stack.name}" for stack in stacks_of(config)]
+    form = f" of {', '.join(stacks)} layers" if config.has_encoders else ""
+    name = f"fusion{form}, {num_words} words and {num_regions} regions"
     return Part(name, counted, fusion_cost(fusion, config, num_words, num_regions))
 
 
@@ -195,16 +198,26 @@ def attribute_cost(config: TEEConfig, num_embedded: int, num_attributes: int, nu
 
 
 def fusion_cost(fusion: Fusion, config: FusionConfig, num_words: int, num_regions: int) -> Cost:
-    """Embeddings, projection of the regions, layers (heads and neurons may differ), pooler."""
+    """Embeddings, projection of the regions, layers (heads and neurons may differ), pooler.
+
+    With two encoders: vision layers on the regions, text layers on the words, and cross-modal ones on the words, each with
+    a second attention whose keys and values come from the regions.
+    """
     d, region_dim = config.hidden, fusion.region.in_features
-    tokens = num_words + num_regions
     tables = fusion.words.num_embeddings + fusion.positions.num_embeddings + fusion.types.num_embeddings
     parameters = tables * d + 2 * d + region_dim * d + d + 2 * d + d * d + d
     macs = num_regions * region_dim * d + d * d
-    for heads, ffn in zip(config.layer_heads, config.layer_ffn, strict=True):
+    lengths = {"fusion": num_words + num_regions, "vision": num_regions, "text": num_words, "cross": num_words}
+    for stack in stacks_of(config):
+        tokens = lengths[stack.name]
+        for heads, ffn in zip(getattr(config, stack.heads), getattr(config, stack.ffn), strict=True):
+            inner = heads * config.head_dim
+            parameters += 4 * d * inner + 3 * inner + d + 2 * d * ffn + ffn + d + 4 * d
+            macs += 4 * d * inner * tokens + 2 * tokens * tokens * inner + 2 * d * ffn * tokens
+    for heads in config.cross_heads:
         inner = heads * config.head_dim
-        parameters += 4 * d * inner + 3 * inner + d + 2 * d * ffn + ffn + d + 4 * d
-        macs += 4 * d * inner * tokens + 2 * tokens * tokens * inner + 2 * d * ffn * tokens
+        parameters += 4 * d * inner + 3 * inner + d + 2 * d
+        macs += 2 * d * inner * (num_words + num_regions) + 2 * num_words * num_regions * inner
     return Cost(parameters, macs)
 
 

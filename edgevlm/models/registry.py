@@ -65,6 +65,12 @@ TEES: dict[str, TEEConfig] = {
 }
 """Extractor name -> config."""
 
+
+def _efficientvlm(vision: int, text: int, cross: int) -> FusionConfig:
+    layers = {"vision": vision, "text": text, "cross": cross}
+    return FusionConfig.two_encoders(hidden=768, **layers, heads=12, ffn=3072, dropout=0.1)
+
+
 FUSIONS: dict[str, FusionConfig] = {
     "none": FusionConfig.uniform(hidden=8, layers=1, heads=1, ffn=8),  # beside an extractor that is not fused yet
     "test-fusion": FusionConfig.uniform(hidden=32, layers=2, heads=2, ffn=64),
@@ -75,6 +81,12 @@ FUSIONS: dict[str, FusionConfig] = {
     "minilm-l12-h384": FusionConfig.uniform(hidden=384, layers=12, heads=12, ffn=1536, dropout=0.1),
     "minilm-l6-h384": FusionConfig.uniform(hidden=384, layers=6, heads=12, ffn=1536, dropout=0.1),
     "bert-base": FusionConfig.uniform(hidden=768, layers=12, heads=12, ffn=3072, dropout=0.1),
+    # Two encoders. EfficientVLM's student and teacher (its code), whose vision layers here read regions instead of patches.
+    "test-dual": FusionConfig.two_encoders(hidden=32, vision=2, text=1, cross=2, heads=2, ffn=64),
+    "edge-dual-2v2t2x-h96": FusionConfig.two_encoders(hidden=96, vision=2, text=2, cross=2, heads=4, ffn=256),
+    "edge-dual-4v4t4x-h96": FusionConfig.two_encoders(hidden=96, vision=4, text=4, cross=4, heads=4, ffn=256),
+    "efficientvlm": _efficientvlm(6, 3, 3),
+    "efficientvlm-teacher": _efficientvlm(12, 6, 6),
 }
 """Fusion name -> config."""
 
@@ -96,6 +108,9 @@ def _resolve(choice: Choice, table: dict[str, Any], kind: type[BaseModel], what:
         return kind.model_validate({**table[choice.name].model_dump(), **choice.overrides})
     except ValidationError as problem:
         key = ".".join(map(str, problem.errors()[0]["loc"]))
+        if not key:
+            reason = problem.errors()[0]["msg"].removeprefix("Value error, ")
+            raise RecipeError(f"{what} '{choice.name}': {reason}", "Look at its overrides") from problem
         hint = nearest(key, kind.model_fields)
         raise RecipeError(
             f"{what} '{choice.name}' has no or another '{key}'", hint or problem.errors()[0]["msg"]

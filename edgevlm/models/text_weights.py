@@ -2,7 +2,8 @@
 
 What the fusion does to words is what BERT does, so every tensor of a text model has its place here; only the region
 projection has no counterpart and stays as it was initialised. BERT's first token type becomes the words', its second
-the type that tags and regions share (MiniVLM and OSCAR do the same).
+the type that tags and regions share (MiniVLM and OSCAR do the same). Of two encoders, the text encoder takes the first of a text
+model's layers and the cross-modal encoder the next, as X-VLM does; what reads or attends to regions stays as it was.
 """
 
 import pickle
@@ -15,9 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from edgevlm.artifacts import FusionConfig
 from edgevlm.errors import CheckpointError
 from edgevlm.models.fusion import Fusion
 from edgevlm.models.heads import WordHead
+from edgevlm.models.stacks import stacks_of
 
 CONFIG = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -133,14 +136,15 @@ def load_text_weights(
     """
     config = read_config(folder)
     ours = fusion.config
-    layers = tuple(layers) if layers is not None else spread_layers(len(ours.layer_heads), config.num_hidden_layers)
+    places = _places(ours)
+    layers = tuple(layers) if layers is not None else spread_layers(len(places), config.num_hidden_layers)
     _check_shape(fusion, config, layers, folder)
     given = read_tensors(folder)
     given["embeddings.word_embeddings.weight"] = _rows(given, kept_ids, fusion.words.num_embeddings, folder)
     head = {name: given[name] for name in WORD_HEAD if name in given}
     _check_names(set(given), config.num_hidden_layers, folder)
     mapped: dict[str, Tensor] = {}
-    for theirs, our in _pairs(layers):
+    for theirs, our in _pairs(layers, places):
         tensor = given[theirs]
         mapped[our] = tensor[: fusion.positions.num_embeddings] if our == "positions.weight" else tensor
     untouched = _copy(fusion, mapped, folder)
@@ -246,18 +250,23 @@ def _bert_name(name: str) -> str:
 # --- mapping -----------------------------------------------------------------------------------------------------
 
 
-def _pairs(layers: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """(their tensor, our tensor) for the fusion whose layer i takes their layer `layers[i]`."""
+def _places(config: FusionConfig) -> list[str]:
+    """Our layers that read words, in order: the module of each."""
+    return [f"{s.module}.{i}" for s in stacks_of(config) if s.name != "vision" for i in range(s.depth(config))]
+
+
+def _pairs(layers: Sequence[int], places: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(their tensor, our tensor) for the fusion whose layer `places[i]` takes their layer `layers[i]`."""
     modules = list(OUTSIDE.items())
-    for i, j in enumerate(layers):
-        modules += [(f"encoder.layer.{j}.{theirs}", f"layers.{i}.{our}") for theirs, our in IN_LAYER.items()]
+    for place, j in zip(places, layers, strict=True):
+        modules += [(f"encoder.layer.{j}.{theirs}", f"{place}.{our}") for theirs, our in IN_LAYER.items()]
     for theirs, our in modules:
         for kind in ("weight",) if our in TABLES else ("weight", "bias"):
             yield f"{theirs}.{kind}", f"{our}.{kind}"
 
 
 def _check_names(given: set[str], num_layers: int, folder: Path) -> None:
-    expected = {theirs for theirs, _ in _pairs(range(num_layers))}
+    expected = {theirs for theirs, _ in _pairs(range(num_layers), [""] * num_layers)}
     if missing := sorted(expected - given):
         raise CheckpointError(
             f"The text model in {folder} lacks {missing[0]} ({len(missing)} tensors are missing)",
@@ -273,10 +282,11 @@ def _check_names(given: set[str], num_layers: int, folder: Path) -> None:
 
 def _check_shape(fusion: Fusion, config: TextConfig, layers: Sequence[int], folder: Path) -> None:
     ours = fusion.config
+    heads, ffn = ours.text_heads + ours.layer_heads, ours.text_ffn + ours.layer_ffn
     differing = {
         "width": (ours.hidden, config.hidden_size),
-        "heads": (ours.layer_heads, (config.num_attention_heads,) * len(ours.layer_heads)),
-        "neurons": (ours.layer_ffn, (config.intermediate_size,) * len(ours.layer_ffn)),
+        "heads": (heads, (config.num_attention_heads,) * len(heads)),
+        "neurons": (ffn, (config.intermediate_size,) * len(ffn)),
     }
     for what, (our, theirs) in differing.items():
         if our != theirs:
@@ -284,9 +294,9 @@ def _check_shape(fusion: Fusion, config: TextConfig, layers: Sequence[int], fold
                 f"The fusion has {what} {our}, the text model in {folder} {theirs}",
                 "Name a fusion of its shape (minilm-l12-h384, minilm-l6-h384, bert-base)",
             )
-    if len(layers) != len(ours.layer_heads) or not all(0 <= j < config.num_hidden_layers for j in layers):
+    if len(layers) != len(heads) or not all(0 <= j < config.num_hidden_layers for j in layers):
         raise CheckpointError(
-            f"{len(ours.layer_heads)} fusion layers cannot take layers {list(layers)} of the "
+            f"{len(heads)} fusion layers cannot take layers {list(layers)} of the "
             f"{config.num_hidden_layers} in {folder}",
             "Choose one existing layer for each of the fusion's",
         )

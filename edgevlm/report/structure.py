@@ -11,6 +11,13 @@ KINDS = {
     "box": "box head units",
     "heads": "attention heads",
     "neurons": "FFN neurons",
+    "heads.vision": "vision encoder: heads",
+    "neurons.vision": "vision encoder: FFN neurons",
+    "heads.text": "text encoder: heads",
+    "neurons.text": "text encoder: FFN neurons",
+    "heads.cross": "cross encoder: heads",
+    "heads.cross_image": "cross encoder: heads to the image",
+    "neurons.cross": "cross encoder: FFN neurons",
 }
 """Beginning of a group's name -> what its members are, from the pixels to the answer."""
 
@@ -18,7 +25,7 @@ KINDS = {
 def kind_of(group: str) -> str:
     """What the members of a group are."""
     first = group.partition(".")[0]
-    return KINDS.get(first, first)
+    return KINDS.get(".".join(group.split(".")[:2])) or KINDS.get(first, first)
 
 
 def shares_by_kind(structure: Structure) -> dict[str, dict[int, float]]:
@@ -52,13 +59,14 @@ def draw_structures(structures: Mapping[str, Structure], path: Path) -> None:
         structures: title -> what its run kept.
         path: .png or .svg.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     most = max(len(structure.groups) for structure in structures.values())
     size = (5.2 * len(structures), 3.0 + 0.22 * most)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(2, len(structures), height_ratios=(2.4, 0.22 * most), squeeze=False)
-    colours = {kind: f"C{number}" for number, kind in enumerate(KINDS.values())}
+    colours = dict(zip(KINDS.values(), colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2], strict=False))  # pyright: ignore
     for (above, below), (title, structure) in zip(axes.T, structures.items(), strict=True):
         for kind, shares in shares_by_kind(structure).items():
             if shares:

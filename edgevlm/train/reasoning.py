@@ -89,6 +89,11 @@ def check_synthetic(recipe: Recipe) -> None:
             "The teacher goes on from stage `synthetic`, but is of another shape",
             "Give teacher.fusion what synthetic.fusion has (dropout may differ), and the answer head `hidden`",
         )
+    if drawn.has_encoders:
+        raise RecipeError(
+            "Drawn sentences teach where a claim holds through layers that read words and regions together",
+            "Give synthetic and teacher a single-stream fusion, or drop `synthetic`",
+        )
     if len(drawn.parts) != 3:
         raise RecipeError("Drawn scenes have three boxes", "Name them in synthetic.fusion.parts, as recipe nlvr does")
     if resolve_tee(recipe.tee).region_feature != "tags":

@@ -51,10 +51,10 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
     return Tokenizer(path, make_spec(path, NUM_CAPTION))
 
 
-def captioner(spec: TokenizerSpec, seed: int = 0) -> VLM:
+def captioner(spec: TokenizerSpec, seed: int = 0, name: str = "test-fusion") -> VLM:
     torch.manual_seed(seed)
     spec = spec.model_copy(update={"max_tokens": NUM_CAPTION + 4})
-    return VLM(ModelConfig(tee=TEES["test-tee"], fusion=FUSIONS["test-fusion"], heads=("words",)), SPEC, spec, LABELS)
+    return VLM(ModelConfig(tee=TEES["test-tee"], fusion=FUSIONS[name], heads=("words",)), SPEC, spec, LABELS)
 
 
 def batch_of(tokenizer: Tokenizer, captions: list[str], seed: int = 0) -> CaptionBatch:
@@ -114,8 +114,9 @@ def test_what_stands_behind_a_masked_word_does_not_matter(tokenizer: Tokenizer) 
 
 
 @torch.no_grad()
-def test_the_loss_on_every_word_is_the_mean_over_generation_steps(tokenizer: Tokenizer) -> None:
-    model = captioner(tokenizer.spec).eval()
+@pytest.mark.parametrize("name", ["test-fusion", "test-dual"])
+def test_the_loss_on_every_word_is_the_mean_over_generation_steps(tokenizer: Tokenizer, name: str) -> None:
+    model = captioner(tokenizer.spec, name=name).eval()
     captions = ["red dog sees a cat", "mat"]
     batch, smoothing = batch_of(tokenizer, captions), 0.1
     objective = CaptionObjective(model, tokenizer.spec, NUM_CAPTION, label_smoothing=smoothing, every_word=True)
@@ -132,9 +133,10 @@ def test_the_loss_on_every_word_is_the_mean_over_generation_steps(tokenizer: Tok
 
 
 @pytest.mark.parametrize("every_word", [False, True])
-def test_all_that_has_gradients_is_used_and_nothing_else(tokenizer: Tokenizer, every_word: bool) -> None:
+@pytest.mark.parametrize("name", ["test-fusion", "test-dual"])
+def test_all_that_has_gradients_is_used_and_nothing_else(tokenizer: Tokenizer, name: str, every_word: bool) -> None:
     """A trainable parameter without a gradient stops training on several GPUs."""
-    model = captioner(tokenizer.spec)
+    model = captioner(tokenizer.spec, name=name)
     batch = batch_of(tokenizer, ["red dog sees a cat", "mat"])
     tags = torch.tensor([[5, 3, 0, 0], [6, 7, 3, 0]], dtype=torch.int32)
     batch = batch._replace(input_ids=torch.cat([batch.input_ids, tags], 1))

@@ -26,10 +26,10 @@ def tokens(vocab_size: int) -> TokenizerSpec:
     return TokenizerSpec(vocab_sha256="", vocab_size=vocab_size, max_tokens=NUM_CAPTION + NUM_TAGS)
 
 
-def captioner(seed: int, vocab_size: int = 40, **fusion: object) -> VLM:
+def captioner(seed: int, vocab_size: int = 40, name: str = "test-fusion", **fusion: object) -> VLM:
     """A random model whose words differ in probability as a trained one's do."""
     torch.manual_seed(seed)
-    config = FUSIONS["test-fusion"].model_copy(update=fusion)
+    config = FUSIONS[name].model_copy(update=fusion)
     model = VLM(ModelConfig(tee=TEES["test-tee"], fusion=config, heads=("words",)), SPEC, tokens(vocab_size), LABELS)
     with torch.no_grad():
         model.fusion.words.weight.mul_(20)
@@ -75,9 +75,10 @@ def stripped(ids: Tensor) -> list[int]:
 @torch.no_grad()
 @pytest.mark.parametrize("num_captions", [1, 3])
 @pytest.mark.parametrize("seed", range(4))
-def test_cached_logits_equal_the_whole_fusions(seed: int, num_captions: int) -> None:
+@pytest.mark.parametrize("name", ["test-fusion", "test-dual"])
+def test_cached_logits_equal_the_whole_fusions(name: str, seed: int, num_captions: int) -> None:
     """Three images, one without tags, one without regions that count; captions of an image differ."""
-    model, regions, tag_ids = captioner(seed), tiny_regions(3, seed), tags(3, seed)
+    model, regions, tag_ids = captioner(seed, name=name), tiny_regions(3, seed), tags(3, seed)
     regions.scores_BN[1] = 0.0
     written = torch.randint(5, 40, (3, num_captions, 5), generator=torch.Generator().manual_seed(seed))
     draft = read_context(model, regions, tag_ids, NUM_CAPTION)
@@ -216,8 +217,9 @@ def test_the_early_end_is_early_and_changes_nothing(monkeypatch: pytest.MonkeyPa
 
 
 @torch.no_grad()
-def test_log_probs_in_one_pass_equal_those_word_by_word() -> None:
-    model, regions, tag_ids = captioner(5), tiny_regions(3), tags(3)
+@pytest.mark.parametrize("name", ["test-fusion", "test-dual"])
+def test_log_probs_in_one_pass_equal_those_word_by_word(name: str) -> None:
+    model, regions, tag_ids = captioner(5, name=name), tiny_regions(3), tags(3)
     torch.manual_seed(0)
     drawn = sample(model, read_context(model, regions, tag_ids, NUM_CAPTION), tokens(40), 7, 4)
     together = word_log_probs(model, read_context(model, regions, tag_ids, NUM_CAPTION), drawn.ids_BKT, tokens(40))

@@ -373,6 +373,7 @@ def test_the_stage_follows_its_recipe(trained: Job, tmp_path: Path, monkeypatch:
     manifest = stage.distil(job)
     (objective,) = seen
     assert (objective.kd_weight, objective.nce_weight) == (0.4, 0.2)
-    assert objective.distiller.attention_weight == objective.distiller.hidden_weight == 1.5
+    (term,) = objective.distiller.terms
+    assert term.attention_weight == term.hidden_weight == 1.5
     assert objective.contrast is not None and int(objective.contrast.num_seen) == 3 * 16
     assert set(load_file(job.out_dir / WEIGHTS)) == set(vlm.build(manifest).state_dict())

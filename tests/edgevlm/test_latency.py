@@ -29,7 +29,7 @@ from edgevlm.stages import stages_of
 from targets.pieces import Example, groups_in, pieces_of, program_of
 from targets.source import CalibrationData
 from tests.edgevlm.test_prune import distilled  # noqa: F401  (a fixture)
-from tests.edgevlm.tiny import LABELS, SPEC, TOKENIZER, tiny_ids, tiny_vlm
+from tests.edgevlm.tiny import LABELS, SPEC, TOKENIZER, dual_vlm, tiny_ids, tiny_vlm
 
 DEVICE = DeviceFacts(name="d", system="s", processor="p", num_cores=1, memory_gb=1.0, threads=1)
 WHERE = Provenance(stage="latency", key="k")
@@ -332,3 +332,19 @@ def test_the_stage_stands_before_prune_and_reruns_with_what_it_measures() -> Non
         keys.append(stage_keys(stages_of(recipe), recipe, None))
     assert keys[0]["latency"] == keys[1]["latency"] != keys[2]["latency"]
     assert keys[0]["prune"] != keys[1]["prune"]
+
+
+def test_pieces_of_two_encoders_compute_the_same() -> None:
+    """Cross-modal layers are given an image beside their words; their pieces take its tensors as inputs."""
+    model = dual_vlm()
+    groups = groups_of(model)
+    pieces = [piece for piece in pieces_of(model) if not piece.dense]
+    assert {group.name for piece in pieces for group in groups_in(piece, groups)} >= {
+        "heads.cross_image.0",
+        "heads.text.0",
+    }
+    for piece in pieces:
+        program = program_of(model, piece, groups, {}, "p", example())
+        with torch.no_grad():
+            (found,) = program.module(*program.inputs.values())
+        torch.testing.assert_close(found, seen(model, piece.name)[0], atol=1e-5, rtol=1e-5)

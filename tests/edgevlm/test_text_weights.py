@@ -135,7 +135,7 @@ def test_tags_take_berts_second_type(bert: tuple[Any, Path]) -> None:
     types = torch.tensor([[0] * 5 + [1] * 7])
     with torch.no_grad():
         theirs = model(input_ids=ids, token_type_ids=types, output_hidden_states=True).hidden_states[0]
-        ours = fusion.embed(torch.zeros(1, 1, 16), torch.zeros(1, 1, 4), ids, num_caption=5)[:, :12]
+        ours = fusion.embed_words(ids, num_caption=5)[:, :12]
     torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
 
 
@@ -151,6 +151,29 @@ def test_every_second_layer(bert: tuple[Any, Path]) -> None:
     chosen = tiny_fusion(layers=2)
     load_text_weights(chosen, folder, layers=(1, 3))
     assert all(torch.equal(a, b) for a, b in zip(fusion.parameters(), chosen.parameters(), strict=True))
+
+
+def test_a_text_encoder_takes_the_first_layers_and_the_cross_modal_one_the_next(bert: tuple[Any, Path]) -> None:
+    """As X-VLM splits BERT: hidden states of the text encoder, weights of the layers behind it."""
+    model, folder = bert
+    ids = tiny_words()
+    fusion: Any = make_fusion(
+        FusionConfig.two_encoders(hidden=32, vision=1, text=2, cross=2, heads=4, ffn=48), 60, max_tokens=12
+    )
+    before = {name: value.clone() for name, value in fusion.state_dict().items()}
+    untouched = load_text_weights(fusion, folder)
+    with torch.no_grad():
+        theirs = model(input_ids=ids, attention_mask=(ids != 0).long(), output_hidden_states=True).hidden_states
+        regions = torch.randn(5, 3, 16), torch.rand(5, 3, 4), torch.ones(5, 3)
+        assert_same(fusion(*regions, ids).stacks["text"].hidden_BTD, theirs[:3], ids != 0)
+    for i in range(2):
+        ours, other = fusion.layers[i], model.encoder.layer[2 + i]
+        assert torch.equal(ours.attention.key.weight, other.attention.self.key.weight)
+        assert torch.equal(ours.ffn_out.weight, other.output.dense.weight)
+    parts = {name.partition(".")[0] for name in untouched if "cross_" not in name}
+    assert parts == {"region", "region_norm", "vision"}
+    assert all(torch.equal(before[name], fusion.state_dict()[name]) for name in untouched)
+    assert any("cross_attention.key" in name for name in untouched)
 
 
 def test_spread_layers() -> None:

@@ -1,5 +1,7 @@
 """The smallest model with every part, for tests of the network and of compression."""
 
+from typing import Any
+
 import torch
 
 from edgevlm.artifacts import Labels, ModelConfig, PreprocessSpec, TokenizerSpec
@@ -34,3 +36,17 @@ def tiny_ids(batch: int, length: int = 8, seed: int = 0) -> torch.Tensor:
     ids[:, 1 : length - 1] = torch.randint(5, 40, (batch, length - 2), generator=generator).int()
     ids[:, 0], ids[:, length - 1] = TOKENIZER.cls_id, TOKENIZER.sep_id
     return ids
+
+
+def dual_vlm(seed: int = 0, **fusion: Any) -> VLM:
+    """A seeded random model of two encoders in evaluation mode; biases and norms as after training."""
+    torch.manual_seed(seed)
+    config = FUSIONS["test-dual"].model_copy(update=fusion)
+    model = VLM(ModelConfig(tee=TEES["test-tee"], fusion=config), SPEC, TOKENIZER, LABELS)
+    with torch.no_grad():
+        for name, parameter in model.fusion.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+            elif "words" in name or "positions" in name:
+                parameter.mul_(20)
+    return model.eval()

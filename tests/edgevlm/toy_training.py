@@ -34,12 +34,12 @@ class Toy(nn.Module):
         torch.manual_seed(3)
         self.embed = nn.Linear(6, 32)
         config = FusionConfig.uniform(hidden=32, layers=1, heads=4, ffn=64, dropout=dropout)
-        self.layer = Layer(config, 0)
+        self.layer = Layer(config, heads=4, ffn=64)
         self.head = nn.Linear(32, 3)
         self.unused = nn.Linear(4, 4)  # a head that the task leaves alone
 
     def forward(self, x_BTF: Tensor, y_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        mixed, _ = self.layer(self.embed(x_BTF), x_BTF.new_zeros(1))
+        mixed, *_ = self.layer(self.embed(x_BTF), x_BTF.new_zeros(1))
         logits = self.head(mixed.mean(1))
         loss = nn.functional.cross_entropy(logits, y_B)
         return loss, {"accuracy": (logits.argmax(1) == y_B).float().mean()}
