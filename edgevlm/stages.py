@@ -3,6 +3,7 @@
 Each function fits one step of the packages below to `stage(job) -> artifact`; what a step does is decided there.
 """
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,7 +124,8 @@ def _meter(job: Job) -> pruning.Meter:
     manifest = read_manifest(job.inputs["distil"], Checkpoint)
 
     def meter(model: VLM) -> float:
-        return time_model(model, manifest, samples, section.target, section.precision, section.threads)
+        candidate = copy.deepcopy(model).cpu().eval()
+        return time_model(candidate, manifest, samples, section.target, section.precision, section.threads)
 
     return meter
 

@@ -30,10 +30,11 @@ from edgevlm.models.groups import Group, groups_of
 from edgevlm.models.stacks import stacks_of
 from edgevlm.models.vlm import VLM
 from edgevlm.train.answering import evaluate, fit_answers, report, save_answering
+from edgevlm.train.loop import SNAPSHOTS
 from edgevlm.train.regions import evaluation_splits
 
 UNITS = {"parameters": "parameters", "macs": "multiply-adds", "ms": "of the time"}
-CHOSEN = ".chosen.json"
+CHOSEN = SNAPSHOTS.replace("*", "chosen.json")
 """What stays, once it was measured: a resumed run must not measure, and so perhaps choose, again."""
 CLOSE_ENOUGH, MAX_TRIES = 0.02, 5
 """Of a budget in milliseconds: where the search for the structure that takes it ends."""
