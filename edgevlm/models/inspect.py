@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgevlm.artifacts import FusionConfig, PreprocessSpec, TEEConfig
 from edgevlm.models.fusion import Fusion
+from edgevlm.models.geometry import box_numbers
 from edgevlm.models.stacks import stacks_of
 from edgevlm.models.tee import ATTRIBUTE_HIDDEN, CLASS_EMBEDDING, TEE
 
@@ -62,8 +63,8 @@ def count(module: nn.Module, *inputs: object) -> Cost:
     return Cost(sum(p.numel() for p in module.parameters()), counter.get_total_flops() // 2)
 
 
-def inspect_tee(tee: TEE) -> list[Part]:
-    """The extractor at the size it was built for.
+def inspect_tee(tee: TEE, *, pruned: bool = False) -> list[Part]:
+    """The extractor at the size it was built for; the formulas say nothing of a `pruned` one.
 
     The last part has no parameters and no formula: RoIAlign and NMS as the matrix products that every target runs.
     Published figures leave them out.
@@ -90,13 +91,13 @@ def inspect_tee(tee: TEE) -> list[Part]:
         embedded, out = tee.attribute_head.embedding.num_embeddings, tee.attribute_head.out.out_features
         attribute_formula = attribute_cost(config, embedded, out, num_rois)
     elif tee.box_head.attributes is not None:
-        attributes = count(tee.box_head.attributes, torch.zeros(1, num_rois, config.roi_hidden))
+        attributes = count(tee.box_head.attributes, torch.zeros(1, num_rois, tee.box_head.attributes.in_features))
         boxes = Cost(boxes.parameters - attributes.parameters, boxes.macs - attributes.macs)
         attribute_formula = attributes
     areas = [x.shape[2] * x.shape[3] for x in dense.maps]
     num_anchors = len(config.anchor_ratios)
     tee.train(training)
-    return [
+    parts = [
         Part(f"trunk {config.trunk}", trunk, trunk_cost(config.trunk, tee.image_size)),
         Part("BiFPN", bifpn, bifpn_cost(config.fpn_channels, config.fpn_repeats, channels, areas)),
         Part("RPN", rpn, rpn_cost(config.fpn_channels, num_anchors, areas)),
@@ -104,11 +105,12 @@ def inspect_tee(tee: TEE) -> list[Part]:
         Part("attribute head", attributes, attribute_formula),
         Part("RoIAlign and NMS as matrices", static, None),
     ]
+    return [part._replace(formula=None) for part in parts] if pruned else parts
 
 
 def inspect_fusion(fusion: Fusion, num_words: int, num_regions: int) -> Part:
     """The fusion on `num_words` words and `num_regions` regions, none of them trimmed."""
-    config, region_dim = fusion.config, fusion.region.in_features - 6
+    config, region_dim = fusion.config, fusion.region.in_features - box_numbers(fusion.config)
     inputs = (torch.zeros(1, num_regions, region_dim), torch.zeros(1, num_regions, 4), torch.ones(1, num_regions))
     training = fusion.training
     counted = count(fusion.eval(), *inputs, torch.ones(1, num_words, dtype=torch.int32))
@@ -207,7 +209,13 @@ def fusion_cost(fusion: Fusion, config: FusionConfig, num_words: int, num_region
     tables = fusion.words.num_embeddings + fusion.positions.num_embeddings + fusion.types.num_embeddings
     parameters = tables * d + 2 * d + region_dim * d + d + 2 * d + d * d + d
     macs = num_regions * region_dim * d + d * d
-    lengths = {"fusion": num_words + num_regions, "vision": num_regions, "text": num_words, "cross": num_words}
+    num_parts = len(config.parts)
+    if num_parts:
+        parameters += num_parts * d + 2 * d
+    if config.box_encoding == "geometry":  # two products pick the corner and size of the part that a box is in
+        macs += num_regions * 2 * 2 * max(1, num_parts)
+    num_image = num_parts + num_regions
+    lengths = {"fusion": num_words + num_image, "vision": num_image, "text": num_words, "cross": num_words}
     for stack in stacks_of(config):
         tokens = lengths[stack.name]
         for heads, ffn in zip(getattr(config, stack.heads), getattr(config, stack.ffn), strict=True):
@@ -217,7 +225,7 @@ def fusion_cost(fusion: Fusion, config: FusionConfig, num_words: int, num_region
     for heads in config.cross_heads:
         inner = heads * config.head_dim
         parameters += 4 * d * inner + 3 * inner + d + 2 * d
-        macs += 2 * d * inner * (num_words + num_regions) + 2 * num_words * num_regions * inner
+        macs += 2 * d * inner * (num_words + num_image) + 2 * num_words * num_image * inner
     return Cost(parameters, macs)
 
 

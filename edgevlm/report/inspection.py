@@ -37,7 +37,7 @@ def parts_of(
     if Path(name).is_dir():
         model, manifest = vlm.load(Path(name))
         fusion = inspect_fusion(model.fusion, manifest.tokenizer.max_tokens, manifest.model.tee.num_regions)
-        return [*inspect_tee(model.tee), fusion]
+        return [*inspect_tee(model.tee, pruned=bool(manifest.model.widths)), fusion]
     if name in TEES:
         height, width = parse_size(size)
         config = _as_published(TEES[name], num_classes)

@@ -1,6 +1,7 @@
 """Sizes and multiply-adds: the real modules agree with the table calculated from MiniVLM's published architecture."""
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,11 +9,14 @@ from torch import nn
 from typer.testing import CliRunner
 
 from edgevlm.cli import app
+from edgevlm.compress.shrink import shrink
 from edgevlm.errors import RecipeError
+from edgevlm.models.groups import groups_of
 from edgevlm.models.inspect import Part, build_tee, count, inspect_fusion, inspect_tee, total
 from edgevlm.models.registry import TEES
+from edgevlm.models.vlm import VLM
 from edgevlm.report.inspection import PAPER_ATTRIBUTES, PAPER_CLASSES, PAPER_EMBEDDED, parse_size
-from tests.edgevlm.tiny import TOKENIZER, tiny_vlm
+from tests.edgevlm.tiny import TOKENIZER, dual_vlm, tiny_vlm
 
 TOLERANCE = 0.02
 """The table is rounded to three digits, and its BiFPN counts biases that the norms behind them make superfluous."""
@@ -78,6 +82,24 @@ def test_fusion_agrees_with_its_formula() -> None:
     part = inspect_fusion(tiny_vlm().fusion, TOKENIZER.max_tokens, 8)
     assert part.formula is not None
     assert part.counted == part.formula
+
+
+@pytest.mark.parametrize("parts", [(), ((0.0, 0.0, 0.4, 1.0), (0.5, 0.0, 1.0, 1.0))])
+@pytest.mark.parametrize("model", [tiny_vlm, dual_vlm])
+def test_so_does_one_with_geometry_and_parts(model: Callable[..., VLM], parts: tuple[tuple[float, ...], ...]) -> None:
+    part = inspect_fusion(model(box_encoding="geometry", parts=parts).fusion, TOKENIZER.max_tokens, 8)
+    assert part.counted == part.formula
+
+
+def test_a_pruned_extractor_is_counted() -> None:
+    """Its parts have fewer weights than those of the whole one, all of them are there, and no formula is shown."""
+    whole = tiny_vlm()
+    smaller, groups = tiny_vlm(), groups_of(tiny_vlm())
+    shrink(smaller, groups, {group.name: tuple(range(max(1, group.size // 2))) for group in groups})
+    before, after = inspect_tee(whole.tee), inspect_tee(smaller.tee, pruned=True)
+    assert total(after).parameters == sum(p.numel() for p in smaller.tee.parameters()) < total(before).parameters
+    assert total(after).macs < total(before).macs
+    assert all(part.formula is None for part in after)
 
 
 def test_inspecting_changes_nothing() -> None:
