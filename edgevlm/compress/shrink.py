@@ -1,5 +1,6 @@
 """Physical shrinking: a structure that fills a budget, and a smaller model whose output equals the gated one's."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -12,6 +13,12 @@ from edgevlm.models.vlm import VLM
 
 Kept = dict[str, tuple[int, ...]]
 """Group -> sorted indices of the members that stay."""
+
+
+CLOSE = 0.01
+"""Share of a budget that may stay unused where an exchange would use it."""
+GIVEN_UP = 4
+"""Steps of a group at most that are exchanged at once: a head is worth a few steps of neurons."""
 
 
 def masks(groups: Sequence[Group], kept: Kept) -> dict[str, Tensor]:
@@ -45,7 +52,8 @@ def fill_budget(
     """The largest structure within a budget, along a line of structures that only grow.
 
     Counts are multiples of `round_to` (what vector units like), except heads; no group vanishes (a vanished layer breaks
-    training, and converters refuse empty matrices). What rounding leaves of the budget goes to whoever misses most.
+    training, and converters refuse empty matrices). What rounding leaves of the budget goes to whoever misses most; where
+    that still is more than 1 %, groups exchange steps.
 
     Args:
         groups: what may be removed.
@@ -80,7 +88,32 @@ def fill_budget(
 
     while one_more():
         pass
+    while cost.of(counts) < (1 - CLOSE) * budget and (better := _exchanged(counts, steps, sizes, cost, budget)):
+        counts = better
     return {name: tuple(sorted(torch.topk(scores[name], count).indices.tolist())) for name, count in counts.items()}
+
+
+def _exchanged(
+    counts: dict[str, int], steps: dict[str, int], sizes: dict[str, int], cost: Cost, budget: float
+) -> dict[str, int] | None:
+    """The fullest structure within the budget that gives up a few steps of a group for steps of another; None if none is fuller."""
+    best, most = None, cost.of(counts) + 1e-9 * budget
+    for less, number in itertools.product(steps, range(1, GIVEN_UP + 1)):
+        given_up = {**counts, less: counts[less] - number * steps[less]}
+        if given_up[less] < steps[less]:
+            continue
+        for more in steps:
+            if more == less:
+                continue
+            trial = given_up
+            while (grown := min(sizes[more], trial[more] + steps[more])) > trial[more]:
+                wider = {**trial, more: grown}
+                if cost.of(wider) > budget:
+                    break
+                trial = wider
+            if (filled := cost.of(trial)) > most:
+                best, most = trial, filled
+    return best
 
 
 def shrink(model: VLM, groups: Sequence[Group], kept: Kept) -> None:

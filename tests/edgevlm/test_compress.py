@@ -225,6 +225,22 @@ def test_the_asked_sparsity_is_met_wherever_the_gates_ended(sparsity: float, see
     assert all(len(members) % 8 == 0 for name, members in kept.items() if name.startswith("neurons"))
 
 
+@pytest.mark.parametrize("keep", [0.75, 0.5, 0.35, 0.25])
+@pytest.mark.parametrize("measure", ["parameters", "macs"])
+def test_budgets_are_met_within_one_percent(measure: str, keep: float) -> None:
+    """On a fusion of a real size, wherever the gates ended: never above the budget, and at most 1 % of it unused."""
+    model = tiny_vlm(hidden=96, head_dim=24, layer_heads=(4,) * 4, layer_ffn=(256,) * 4)
+    groups = groups_of(model, ("fusion",))
+    gates, cost = Gates(groups), cost_model(model, groups, measure, 12).only(group.name for group in groups)  # pyright: ignore
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        for gate in gates.by_group.values():
+            gate.log_alpha.data = torch.randn(gate.log_alpha.shape, generator=generator) * 2 + 1  # pyright: ignore
+        kept = choose_kept(gates, cost, keep * cost.whole, round_to=16)
+        left = cost.of({name: len(members) for name, members in kept.items()}) / cost.whole
+        assert keep * 0.99 <= left <= keep + 1e-9
+
+
 def test_a_layer_never_vanishes_and_the_least_is_named() -> None:
     _, gates, cost = fusion_of(2, 4, 32)
     least = 2 * (4 * 32 * 16 + 3 * 16 + 8 * 65)
