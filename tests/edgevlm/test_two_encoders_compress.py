@@ -165,7 +165,8 @@ def test_each_encoder_loses_the_same_share_by_modality() -> None:
     groups = tuple(groups_of(model, ("fusion",)))
     cost = cost_model(model, groups, "parameters", 12).only(group.name for group in groups)
     section = PruneSection(steps=1, sparsity=0.4, method="modality", round_to=1)  # pyright: ignore
-    kept = by_modality(Pruning(section, model, nn.Identity(), groups, cost, lambda *_: None)).kept
+    pruning = Pruning(section, model, nn.Identity(), groups, cost, lambda *_: None, section.sparsity)
+    kept = by_modality(pruning).at(pruning.budget)
     for part in ENCODERS:
         own = cost.only(group.name for group in groups if group.part == part)
         share = own.of({name: len(members) for name, members in kept.items()}) / own.whole
