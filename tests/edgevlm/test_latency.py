@@ -318,6 +318,13 @@ def test_what_a_resumed_run_chooses_does_not_depend_on_the_clock(timed: Job, mon
     assert manifest.metrics["pruned_ms"] == pytest.approx(2.5 * timed.recipe.prune.target_ms, rel=0.05)  # pyright: ignore
 
 
+def test_a_time_far_above_the_table_is_measured_again() -> None:
+    model = tiny_vlm()
+    for said, expected in (([3.0, 1.0, 9.0], 1.0), ([1.05], 1.05), ([2.0, 2.2, 2.1], 2.0)):
+        times = iter(said)
+        assert pruning._steady(lambda model, times=times: next(times), model, 1.0) == expected
+
+
 def test_times_out_of_reach(timed: Job) -> None:
     for target_ms, message in ((0.5, r"0.5 ms is below the least that can be kept, [0-9.]+ ms"), (1e4, "no more than")):
         section = timed.recipe.prune.model_copy(update={"target_ms": target_ms})
