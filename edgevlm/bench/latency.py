@@ -37,10 +37,10 @@ from targets.source import CalibrationData, Source
 POINTS = {1: 5, 2: 3}
 """Groups in a piece -> sizes at which each is measured. With more groups than that two, and three of the one that most
 weights of the piece go with."""
-ROUNDS = 40
+ROUNDS = 400
 MAX_SECONDS = 4.0
-"""Of measuring a piece at all its sizes; at least five rounds."""
-WHOLE_ROUNDS = 100
+"""Of measuring a piece at all its sizes (of the whole, four times that): long enough to outlast a busy moment, at least five rounds."""
+WHOLE_ROUNDS = 1000
 QUARTILE = 0.25
 
 
