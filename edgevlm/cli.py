@@ -56,14 +56,13 @@ def run(
     overrides: Set = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
     target_ms: Annotated[float | None, typer.Option(help="Prune extractor and fusion until both take so long.")] = None,
-    target: Annotated[str, typer.Option(help="With --target-ms: the target that it is measured on.")] = "onnx",
-    precision: Annotated[str, typer.Option(help="With --target-ms: in which precision.")] = "fp32",
+    target: Annotated[str | None, typer.Option(help="Of --target-ms: where it is measured; default: onnx.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of --target-ms: in which precision; default: fp32.")] = None,
 ) -> None:
     """Train, distil, prune, trim, export, verify, bench and score: one command, resumable."""
     from edgevlm.recipes import load_recipe, time_budget
 
-    if target_ms is not None:
-        overrides = [*time_budget(target_ms, target, precision), *(overrides or ())]
+    overrides = [*time_budget(target_ms, target, precision), *(overrides or ())]
     loaded = load_recipe(recipe, overrides)  # a typo is found before torch is even loaded
     from edgevlm.pipeline import run as run_stages
     from edgevlm.progress import ConsoleReporter

@@ -33,7 +33,7 @@ from edgevlm.train.answering import evaluate, fit_answers, report, save_answerin
 from edgevlm.train.loop import SNAPSHOTS
 from edgevlm.train.regions import evaluation_splits
 
-UNITS = {"parameters": "parameters", "macs": "multiply-adds", "ms": "of the time"}
+UNITS = {"parameters": " prunable parameters", "macs": " prunable multiply-adds", "ms": ""}
 CHOSEN = SNAPSHOTS.replace("*", "chosen.json")
 """What stays, once it was measured: a resumed run must not measure, and so perhaps choose, again."""
 CLOSE_ENOUGH, MAX_TRIES = 0.02, 5
@@ -103,7 +103,7 @@ def prune(job: Job, meter: Meter | None = None) -> Checkpoint:
         (job.out_dir / STRUCTURE).write_text(structure.model_dump_json(indent=1) + "\n")
     shrink(student, groups, kept)
     job.reporter.say(
-        f"  prune: {achieved:.1%} of {cost.show(cost.whole)} prunable {UNITS[section.measure]} removed "
+        f"  prune: {achieved:.1%} of {cost.show(cost.whole)}{UNITS[section.measure]} removed "
         f"(asked {sparsity:.0%}); {_left(student.config.fusion)}"
     )
     steps = section.recover_steps + (0 if section.method in TRAINED else section.steps)

@@ -94,9 +94,20 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     values[last] = yaml.safe_load(text)
 
 
-def time_budget(target_ms: float, target: str, precision: str) -> list[str]:
-    """Overrides that prune extractor and fusion until an image and a question take so long on a target."""
-    values = {"measure": "ms", "target_ms": target_ms, "target": target, "precision": precision}
+def time_budget(target_ms: float | None, target: str | None, precision: str | None) -> list[str]:
+    """Overrides that prune extractor and fusion until an image and a question take so long on a target.
+
+    Raises:
+        RecipeError: a target or precision without a time.
+    """
+    if target_ms is None:
+        if target or precision:
+            raise RecipeError(
+                "--target and --precision say where a time is measured, and none is given",
+                "Add --target-ms, or choose what is exported with --set export.targets=[...]",
+            )
+        return []
+    values = {"measure": "ms", "target_ms": target_ms, "target": target or "onnx", "precision": precision or "fp32"}
     return ["prune.parts=[vision, fusion]", *(f"prune.{key}={value}" for key, value in values.items())]
 
 

@@ -236,6 +236,9 @@ def test_what_cannot_be_timed_here_is_said_before_anything_runs() -> None:
 
     with pytest.raises(TargetError, match=r"coreml models cannot be timed here.*prune.target"):
         check(recipe, None)
+    with pytest.raises(RecipeError, match="Add --target-ms"):
+        time_budget(None, "tflite", None)
+    assert time_budget(None, None, None) == []
     with pytest.raises(RecipeError, match="target_ms needs measure: ms"):
         load_recipe("test-scenes", ["prune.target_ms=3"])
 
