@@ -141,6 +141,32 @@ ENCODER_FIELDS = ("vision_heads", "vision_ffn", "text_heads", "text_ffn", "cross
 """Of `FusionConfig`: all of them or none."""
 
 
+class TrimConfig(Frozen):
+    """Where a fusion trims, and by what (SmartTrim; our reconstruction, and its baselines)."""
+
+    layers: tuple[int, ...] = Field(min_length=1)
+    """Layers behind which tokens are dropped, rising; with two encoders, cross-modal layers."""
+    policy: Literal["learned", "attention", "random", "similarity"] = "learned"
+    """What decides: trained trimmers, the attention that a token was paid (PuMer, TRIPS), chance, or bipartite merging of
+    what is alike (ToMe)."""
+    words: bool = False
+    """Words are trimmed as well as regions."""
+    head_layers: tuple[int, ...] = ()
+    """Layers that skip the heads an input does not need. A static budget keeps them all."""
+    context: int = Field(default=0, ge=0)
+    """Context tokens, into which dropped regions are merged by similarity; 0 = they are gone."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        for name in ("layers", "head_layers"):
+            layers = getattr(self, name)
+            if list(layers) != sorted(set(layers)) or any(layer < 0 for layer in layers):
+                raise ValueError(f"{name} must be rising layer indices from 0 on")
+        if self.policy == "similarity" and (self.words or self.context or self.head_layers):
+            raise ValueError("similarity merges regions and does nothing else: drop words, context and head_layers")
+        return self
+
+
 class FusionConfig(Frozen):
     """BERT-style fusion transformer. Heads and widths may differ per layer.
 
@@ -163,8 +189,8 @@ class FusionConfig(Frozen):
     cross_heads: tuple[int, ...] = ()
     """Two encoders: heads of each cross-modal layer's attention from the words to the regions."""
     dropout: float = 0.0
-    trim_after: int | None = None
-    """Layer index after which region tokens are trimmed to the rung's budget; None = never."""
+    trim: TrimConfig | None = None
+    """Where and how tokens and heads are trimmed; None = never."""
     box_encoding: Literal["plain", "geometry"] = "plain"
     """How the fusion sees a box: corners and size, or `models.geometry`, which shows single pixels to a small net."""
     parts: tuple[tuple[float, float, float, float], ...] = ()
@@ -258,8 +284,14 @@ class Rung(Frozen):
     """One static token budget of the ladder."""
 
     name: str
-    num_regions: int
-    """Region tokens that go on after the trimming layer."""
+    regions: tuple[int, ...]
+    """Region tokens that go on behind each trimming layer (a model without one: how many there are)."""
+    words: tuple[int, ...] = ()
+    """Word tokens that go on behind each trimming layer; empty = all."""
+    num_words: int | None = None
+    """Word tokens that it reads; a longer question needs a larger rung. None = all."""
+    num_regions: int | None = None
+    """Regions that it reads, those with the best scores; None = all."""
     gmacs: float = 0.0
     """Multiply-adds of the answer program, in 1e9 (analytic)."""
     expected_accuracy: float | None = None

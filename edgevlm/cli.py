@@ -298,7 +298,7 @@ def compare_prune(
     """Prune a run's student by learned gates and by the baselines, at equal budgets; resumable."""
     from dataclasses import asdict
 
-    from edgevlm import compare
+    from edgevlm.compare import prune as compare
     from edgevlm.progress import ConsoleReporter
 
     settings = {"ways": way, "keeps": keep, "targets": target, "precisions": precision, "overrides": overrides}
@@ -309,6 +309,35 @@ def compare_prune(
     else:
         compare.print_comparison(found, console)
         console.print(f"[dim]also {run / 'compare' / 'prune.md'} and prune.png[/]")
+
+
+@compare_app.command("trim")
+def compare_trim(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run (up to `prune` at least).")],
+    way: Annotated[list[str] | None, typer.Option(help="Repeat for several; default: all.")] = None,
+    rungs: Annotated[int, typer.Option(min=2, help="Of each ladder, the full one among them.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions with other draws.")] = 3,
+    target: Annotated[list[str] | None, typer.Option(help="Where latency is measured; default: onnx.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="In which precision; default: fp32.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="For all ways: --set trim.steps=500")] = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Trim a run's pruned student by learned trimmers and by the baselines, each with its own ladder; resumable."""
+    from dataclasses import asdict
+
+    from edgevlm.compare import trim as compare
+    from edgevlm.progress import ConsoleReporter
+
+    settings = {"ways": way, "targets": target, "precisions": precision, "overrides": overrides}
+    chosen = {name: tuple(values) for name, values in settings.items() if values}
+    shared = {"rungs": rungs, "seeds": seeds, "data_path": data, "reporter": ConsoleReporter()}
+    found = compare.compare_trim(run, **shared, **chosen)  # pyright: ignore
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        compare.print_comparison(found, console)
+        console.print(f"[dim]also {run / 'compare-trim' / 'trim.md'} and trim.png[/]")
 
 
 @app.command()

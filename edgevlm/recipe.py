@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from edgevlm.artifacts import PreprocessSpec
 
@@ -77,7 +77,7 @@ class TrainSection(Section):
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps with a rising learning rate; `schedule` says how it falls afterwards."""
-    schedule: Literal["linear", "cosine"] = "linear"
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
     clip_norm: float = Field(5.0, gt=0)
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a moving average of the weights (0.9998, say), which is then evaluated and saved; None = none."""
@@ -315,6 +315,9 @@ class PruneSection(TrainSection):
     ramp: float = Field(0.5, gt=0, le=1)
     """Share of the pruning steps over which the target rises from 0; one ramp for the whole run."""
     gate_lr: float = Field(0.1, gt=0)
+    gate_start: Literal["magnitude", "published"] = "magnitude"
+    """Where the gates start: nearly open and in the order of the weights' magnitudes within each group (ours), or at
+    EfficientVLM's constants (heads open, neurons to five sixths)."""
     recover_steps: int = Field(200, ge=0)
     """Steps of fine-tuning after the physical shrinking."""
     round_to: int = Field(8, gt=0)
@@ -339,19 +342,98 @@ class PruneSection(TrainSection):
         return self
 
 
-class TrimSection(TrainSection):
-    after_layer: int = Field(1, ge=0)
-    """Region tokens are dropped after this fusion layer (0 = the first)."""
-    rungs: dict[str, int] = Field(min_length=1)
-    """Rung name -> region tokens kept; the largest must equal the extractor's `num_regions`."""
-    self_distil_weight: float = Field(1.0, ge=0)
-    """Weight of imitating the full rung of the same model (SmartTrim; our reconstruction)."""
+class RungBudget(Section):
+    """A rung that a recipe names itself."""
+
+    regions: tuple[int, ...] = Field(min_length=1)
+    """Regions kept behind each of `trim.layers`, never more than before."""
+    words: tuple[int, ...] = ()
+    """Words kept behind each of them; empty = all."""
+    num_words: int | None = Field(None, gt=1)
+    """Words read at all; None = all."""
+    num_regions: int | None = Field(None, gt=0)
+    """Regions read at all, those with the best scores; None = all."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> "TrimSection":
-        budgets = list(self.rungs.values())
-        if budgets != sorted(set(budgets), reverse=True) or budgets[-1] < 1:
-            raise ValueError("rungs must go from the largest budget to the smallest, each smaller than the one before")
+    def _falling(self) -> "RungBudget":
+        for name, first in (("regions", self.num_regions), ("words", self.num_words)):
+            numbers = [*([first] if first is not None else []), *getattr(self, name)]
+            if numbers != sorted(numbers, reverse=True) or min(numbers, default=1) < 1:
+                raise ValueError(f"{name} must not rise from one trimming layer to the next, and not fall below 1")
+        if self.words and self.words[-1] < 2:
+            raise ValueError("[CLS] and [SEP] always stay: keep at least 2 words")
+        return self
+
+
+def _kind_of_rungs(rungs: Any) -> str:
+    return "named" if isinstance(rungs, dict) else "number"
+
+
+Rungs = Annotated[
+    Annotated[int, Tag("number")] | Annotated[dict[str, RungBudget], Tag("named")], Discriminator(_kind_of_rungs)
+]
+
+
+class TrimSection(TrainSection):
+    layers: tuple[int, ...] = Field((0,), min_length=1)
+    """Fusion layers (0 = the first; with two encoders, cross-modal ones) behind which tokens are trimmed."""
+    policy: Literal["learned", "attention", "random", "similarity"] = "learned"
+    """What decides (`TrimConfig.policy`): trained trimmers, or one of the baselines."""
+    words: bool = True
+    """Trim words as well as regions. Ignored by `similarity`."""
+    head_layers: tuple[int, ...] = ()
+    """Layers that skip heads where an input does not need them; of use to dynamic inference, rungs keep all heads."""
+    context: int = Field(0, ge=0)
+    """Context tokens into which dropped regions are merged; 0 = dropped ones are gone."""
+    budget: float = Field(0.4, gt=0, lt=1)
+    """Share of the multiply-adds of an untrimmed question that the learned thresholds aim at, mean over the questions."""
+    least: float = Field(0.15, gt=0, lt=1)
+    """Smallest share of tokens that a step trains with."""
+    ramp: float = Field(0.4, gt=0, le=1)
+    """Share of the steps over which budgets fall from everything to `budget` and `least`."""
+    rungs: Rungs = 3
+    """How many rungs to choose on the validation split, the full one among them; or the rungs themselves by name."""
+    max_loss: float = Field(0.03, ge=0, lt=1)
+    """Accuracy that the smallest chosen rung may lose against the full one, 0..1."""
+    tune_steps: int = Field(0, ge=0)
+    """Steps of fine-tuning all rungs together once they are chosen; undone where it does not pay."""
+    self_distil_weight: float = Field(1.0, ge=0)
+    """Weight of imitating the full path of the same model as it was at the start."""
+    budget_weight: float = Field(4.0, ge=0)
+    """Weight of the squared difference between the cost and its budget, both as shares of the full cost."""
+    seed: int = Field(0, ge=0)
+    """Another one repeats the stage with other draws; everything before it stays."""
+    exit_weight: float = Field(0.2, ge=0)
+    """Weight of answering from [CLS] where a trimmer reads it (METR): it must know by then what the question is about."""
+
+    @field_validator("rungs", mode="before")
+    @classmethod
+    def _short_form(cls, rungs: Any) -> Any:
+        """`{b8: 8}` is short for eight regions behind every trimming layer."""
+        return (
+            {k: {"regions": [v]} if isinstance(v, int) else v for k, v in rungs.items()}
+            if isinstance(rungs, dict)
+            else rungs
+        )
+
+    @model_validator(mode="after")
+    def _ladder(self) -> "TrimSection":
+        if isinstance(self.rungs, int):
+            if self.rungs < 1:
+                raise ValueError("rungs: at least the full one")
+            return self
+        if not self.rungs:
+            raise ValueError("rungs: name at least one, or say how many to choose")
+        for name, rung in self.rungs.items():
+            for field in ("regions", "words"):
+                given = len(getattr(rung, field))
+                if given not in (0, 1, len(self.layers)):
+                    raise ValueError(
+                        f"rung {name} gives {given} numbers of {field} for {len(self.layers)} trimming layers"
+                    )
+        last = [rung.regions[-1] for rung in self.rungs.values()]
+        if last != sorted(last, reverse=True):
+            raise ValueError("rungs must go from the largest budget to the smallest")
         return self
 
 

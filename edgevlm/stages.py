@@ -29,7 +29,7 @@ from edgevlm.bench.latency import check_timed, measure_table, time_model
 from edgevlm.bench.local import bench_bundle
 from edgevlm.compress import prune as pruning
 from edgevlm.compress.distil import check_distil, distil
-from edgevlm.compress.trim import check_rungs, trim
+from edgevlm.compress.trim import check_trim, trim
 from edgevlm.data import open_reader
 from edgevlm.data.frames import Frames, Questions, make_questions
 from edgevlm.data.text import Tokenizer
@@ -304,7 +304,7 @@ def check(recipe: Recipe, data_path: str | None) -> None:
         return
     check_distil(recipe)
     student = resolve_fusion(recipe.distil.fusion)
-    check_rungs(recipe.trim, len(student.layer_heads), resolve_tee(recipe.tee).num_regions)
+    check_trim(recipe.trim, len(student.layer_heads), resolve_tee(recipe.tee).num_regions)
     if recipe.prune.measure == "ms":
         check_timed(recipe.prune.target, recipe.prune.precision)
     for target in recipe.export.targets:

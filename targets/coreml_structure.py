@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from edgevlm.artifacts import Checkpoint, Rung, TrimConfig
 from targets.program import ENCODE, Program, answer_name, rungs_of
 from targets.source import Source, run_batch
 
@@ -86,12 +87,29 @@ def _interface_problems(spec: Any, source: Source) -> Iterator[str]:
 
 def _budget_problem(name: str, operations: Any, source: Source) -> str:
     """An answer program with a trimmer must keep as many tokens as its rung says."""
-    wanted = {answer_name(rung.name): rung.num_regions for rung in rungs_of(source.manifest)}.get(name)
-    model = source.manifest.model
-    if wanted is None or wanted >= model.tee.num_regions or model.fusion.trim_after is None:
+    rung = {answer_name(rung.name): rung for rung in rungs_of(source.manifest)}.get(name)
+    trim = source.manifest.model.fusion.trim
+    if rung is None or trim is None or trim.policy == "similarity":
         return ""
+    wanted = _numbers_kept(rung, source.manifest, trim)
     kept = [int(operation.k.val) for operation in operations if operation.op_type == "topk"]
-    return "" if kept == [wanted] else f"{name} keeps {kept} region tokens, its rung {wanted}"
+    return "" if kept == wanted else f"{name} keeps {kept} tokens, its rung {wanted}"
+
+
+def _numbers_kept(rung: Rung, manifest: Checkpoint, trim: TrimConfig) -> list[int]:
+    """Of each choice that the rung's program makes, in order: words, then regions, behind each trimming layer."""
+    words, regions = rung.num_words or manifest.tokenizer.max_tokens, rung.num_regions or manifest.model.tee.num_regions
+    wanted = []
+    for place in range(len(rung.regions)):
+        if rung.words and rung.words[place] < words:
+            words = rung.words[place]
+            wanted.append(words)
+        if rung.regions[place] < regions:
+            regions = rung.regions[place]
+            wanted.append(regions)
+            if trim.context > 1:  # the context token that each dropped region joins
+                wanted.append(1)
+    return wanted
 
 
 def _output_shapes(source: Source) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -117,6 +135,7 @@ def _weight_problems(tensors: dict[str, list[np.ndarray]], source: Source) -> It
     """Every matrix and kernel of the model must be found among the constants of the functions that use it."""
     norms = [m for m in source.model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_var is not None]
     scales = [(m.weight / (m.running_var + m.eps).sqrt()).detach().numpy() for m in norms]  # pyright: ignore
+    num_words = {answer_name(rung.name): rung.num_words for rung in rungs_of(source.manifest)}
     for program in source.programs:
         exact = tensors.get(f"{program.name}/fp32", [])
         near = tensors.get(f"{program.name}/int8", [])
@@ -127,6 +146,8 @@ def _weight_problems(tensors: dict[str, list[np.ndarray]], source: Source) -> It
         for name, parameter in used_parameters(source, program).items():
             if parameter.ndim < 2 or name.startswith(FOLDED):
                 continue
+            if name == "fusion.positions.weight":  # a constant of those that the rung reads
+                parameter = parameter[: num_words.get(program.name)]
             if name == "fusion.parts":  # the converter computes their norm once, for a batch of one
                 parameter = source.model.fusion.part_norm(source.model.fusion.parts).detach().numpy()[None]
             found = any(_same(parameter, constant, scales, FP32_TOLERANCE) for constant in exact)

@@ -25,12 +25,14 @@ def model_card(bundle: Bundle) -> str:
         "",
         "## Rungs",
         "",
-        "| rung | region tokens kept | GMAC | expected accuracy |",
-        "|---|---|---|---|",
+        "| rung | words read | regions read | words kept | regions kept | GMAC | expected accuracy |",
+        "|---|---|---|---|---|---|---|",
     ]
     for rung in bundle.rungs:
         accuracy = "" if rung.expected_accuracy is None else f"{rung.expected_accuracy:.3f}"
-        lines.append(f"| {rung.name} | {rung.num_regions} | {rung.gmacs:.4f} | {accuracy} |")
+        read = f"{rung.num_words or bundle.tokenizer.max_tokens} | {rung.num_regions or regions}"
+        kept = " | ".join(", ".join(map(str, numbers)) or "all" for numbers in (rung.words, rung.regions))
+        lines.append(f"| {rung.name} | {read} | {kept} | {rung.gmacs:.4f} | {accuracy} |")
     lines += ["", "## Files", "", "| target | precision | MB | how | written by |", "|---|---|---|---|---|"]
     for model in bundle.models:
         tools = ", ".join(f"{name} {version}" for name, version in model.tools.items())

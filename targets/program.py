@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from edgevlm.artifacts import ENCODE, Checkpoint, Rung, answer_name
 from edgevlm.models.tee import Regions
+from edgevlm.models.trimmer import FULL, Trim, trim_of
 from edgevlm.models.vlm import VLM
 
 
@@ -43,14 +44,14 @@ class EncodePlanes(nn.Module):
 class AnswerQuestion(nn.Module):
     """Regions and token ids to answer logits at one static token budget."""
 
-    def __init__(self, model: VLM, num_keep: int) -> None:
+    def __init__(self, model: VLM, trim: Trim = FULL) -> None:
         super().__init__()
         self.fusion, self.head, self.tee_config = model.fusion, model.head, model.config.tee
-        self.num_keep = num_keep
+        self.trim = trim
 
     def forward(self, features: Tensor, boxes: Tensor, scores: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         valid = (scores >= self.tee_config.score_threshold).to(features.dtype)
-        output = self.fusion(features, boxes, valid, input_ids, num_keep=self.num_keep)
+        output = self.fusion(features, boxes, valid, input_ids, trim=self.trim)
         return self.head(output.pooled_BD), output.looked_at_BN
 
 
@@ -66,7 +67,7 @@ class Program:
 
 def rungs_of(manifest: Checkpoint) -> tuple[Rung, ...]:
     """The ladder of a checkpoint; a model that was never trimmed has the full budget only."""
-    return manifest.rungs or (Rung(name="full", num_regions=manifest.model.tee.num_regions),)
+    return manifest.rungs or (Rung(name="full", regions=(manifest.model.tee.num_regions,)),)
 
 
 def build_programs(model: VLM, manifest: Checkpoint) -> list[Program]:
@@ -93,7 +94,7 @@ def build_programs(model: VLM, manifest: Checkpoint) -> list[Program]:
         "input_ids": ids,
     }
     answers = [
-        Program(answer_name(r.name), AnswerQuestion(model, r.num_regions).eval(), inputs, ("logits", "looked_at"))
+        Program(answer_name(r.name), AnswerQuestion(model, trim_of(r)).eval(), inputs, ("logits", "looked_at"))
         for r in rungs_of(manifest)
     ]
     return [encode, *answers]

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm.artifacts import FusionConfig
-from edgevlm.models.fusion import Attention
+from edgevlm.models.attention import Attention
 from edgevlm.models.geometry import box_numbers
 from edgevlm.models.groups import Group
 from edgevlm.models.stacks import stacks_of
+from edgevlm.models.trimmer import FULL, Trim
 from edgevlm.models.vlm import VLM
 
 Measure = Literal["parameters", "macs"]
@@ -157,24 +158,46 @@ def prunable_parameters(config: FusionConfig) -> int:
     return heads * head + sum(sum(getattr(config, s.ffn)) for s in stacks_of(config)) * neuron
 
 
-def fusion_macs(config: FusionConfig, num_words: int, num_regions: int, num_keep: int, region_dim: int) -> int:
-    """Multiply-adds of one answer program: projection of the regions and all layers; norms and softmax not counted."""
+def fusion_macs(config: FusionConfig, num_words: int, num_regions: int, region_dim: int, trim: Trim = FULL) -> int:
+    """Multiply-adds of one answer program: projection of the regions and all layers; norms, softmax and trimmers not counted."""
+    num_words = min(num_words, trim.num_words or num_words)
+    num_regions = min(num_regions, trim.num_regions or num_regions)
+    words, regions = [num_words], [num_regions]
+    for layer in range(len(config.layer_heads) - 1):
+        place = config.trim.layers.index(layer) if config.trim and layer in config.trim.layers else None
+        keeps_words = config.trim is not None and config.trim.words and trim.words
+        words.append(min(words[-1], trim.words[place]) if place is not None and keeps_words else words[-1])
+        regions.append(min(regions[-1], trim.regions[place]) if place is not None and trim.regions else regions[-1])
+    return int(macs_of(config, region_dim, words, regions))
 
-    def layer(tokens: int, heads: int, ffn: int) -> int:
-        inner = heads * config.head_dim
-        return 4 * tokens * config.hidden * inner + 2 * tokens * tokens * inner + 2 * tokens * config.hidden * ffn
 
-    total, num_parts = num_regions * (region_dim + box_numbers(config)) * config.hidden, len(config.parts)
-    if config.has_encoders:
-        for heads, ffn in zip(config.vision_heads, config.vision_ffn, strict=True):
-            total += layer(num_parts + num_regions, heads, ffn)
-        for heads, ffn in zip(config.text_heads, config.text_ffn, strict=True):
-            total += layer(num_words, heads, ffn)
-    for i, (heads, ffn) in enumerate(zip(config.layer_heads, config.layer_ffn, strict=True)):
-        kept = num_regions if config.trim_after is None or i <= config.trim_after else num_keep
-        image = num_parts + kept
-        total += layer(num_words if config.has_encoders else num_words + image, heads, ffn)
+def macs_of(
+    config: FusionConfig,
+    region_dim: int,
+    words: Sequence[Any],
+    regions: Sequence[Any],
+    heads: Mapping[int, Any] | None = None,
+    image_heads: Mapping[int, Any] | None = None,
+) -> Any:
+    """The same for any numbers (or tensors) of words and regions that each layer works on, and of heads where not all work.
+
+    With two encoders the layers are the cross-modal ones; the encoders work on all that the first layer has.
+    """
+    hidden, head_dim, num_parts = config.hidden, config.head_dim, len(config.parts)
+
+    def layer(tokens: Any, num_heads: Any, ffn: int) -> Any:
+        inner = num_heads * head_dim
+        return 4 * tokens * hidden * inner + 2 * tokens * tokens * inner + 2 * tokens * hidden * ffn
+
+    total = regions[0] * (region_dim + box_numbers(config)) * hidden
+    for num_heads, ffn in zip(config.vision_heads, config.vision_ffn, strict=True):
+        total = total + layer(num_parts + regions[0], num_heads, ffn)
+    for num_heads, ffn in zip(config.text_heads, config.text_ffn, strict=True):
+        total = total + layer(words[0], num_heads, ffn)
+    for i, ffn in enumerate(config.layer_ffn):
+        num_heads, image = (heads or {}).get(i, config.layer_heads[i]), num_parts + regions[i]
+        total = total + layer(words[i] if config.has_encoders else words[i] + image, num_heads, ffn)
         if config.has_encoders:  # queries and output of the words, keys and values of the image
-            inner = config.cross_heads[i] * config.head_dim
-            total += 2 * (num_words + image) * config.hidden * inner + 2 * num_words * image * inner
+            inner = (image_heads or {}).get(i, config.cross_heads[i]) * head_dim
+            total = total + 2 * (words[i] + image) * hidden * inner + 2 * words[i] * image * inner
     return total

@@ -71,6 +71,9 @@ def prune(job: Job, meter: Meter | None = None) -> Checkpoint:
     ) -> None:
         settings: dict[str, Any] = {"what": what, "seed": seed, "groups": groups, **hooks}
         its_section = section.model_copy(update={"steps": steps})
+        if section.method in TRAINED:  # one learning rate over both trainings, which falls when the structure is chosen
+            one = {"schedule": "constant"} if what == "prune" else {"warmup": 0.0}
+            its_section = its_section.model_copy(update=one)
         if joint:
             fit_images(trained, student, job, its_section, manifest, **settings)
         else:

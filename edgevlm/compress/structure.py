@@ -139,6 +139,8 @@ def by_gates(pruning: Pruning) -> Choice:
     """Train gates and weights together towards the budget."""
     section = pruning.section
     objective = PruneObjective(pruning)
+    if section.gate_start == "magnitude":
+        objective.gates.start_at(magnitudes(pruning.student, pruning.groups))
 
     def before_step(step: int) -> None:
         objective.target = target_sparsity(step, section.steps, section.ramp, pruning.sparsity)

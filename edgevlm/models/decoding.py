@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from edgevlm.artifacts import TokenizerSpec
-from edgevlm.models.fusion import MASKED, Attention, Layer, attention_mask
+from edgevlm.models.attention import MASKED, Attention, Layer, attention_mask
 from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM
 

@@ -4,23 +4,20 @@
 * Two encoders (EfficientVLM, after X-VLM): regions through a vision encoder, words through a text encoder, then cross-modal
   layers on the words: self-attention, attention to the vision encoder's output, FFN.
 
-Masks are additive and built outside the layers (-1e4, not -inf: a fully masked row must not become NaN), attention
-is spelt out so that maps can be distilled. Heads and FFN widths may differ in every layer.
+Heads and FFN widths may differ in every layer. Behind some layers tokens may be trimmed (`trimmer.py`, `tokens.py`).
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from edgevlm.artifacts import FusionConfig, TokenizerSpec
+from edgevlm.models.attention import ALL_HEADS, Heads, Image, Layer, attention_mask
 from edgevlm.models.geometry import BoxGeometry, box_numbers
-from edgevlm.models.regions import take
 from edgevlm.models.stacks import StackName
-from edgevlm.models.trimmer import TokenTrimmer, straight_through_keep
-
-MASKED = -1e4
+from edgevlm.models.tokens import Tokens, compact, keep_number, mask_above, mask_number, pair_up
+from edgevlm.models.trimmer import ALWAYS, FULL, Trim, Trimmers, keep_by_threshold, mean_of
 
 
 @dataclass
@@ -50,7 +47,10 @@ class FusionOutput:
     """Attention that [CLS] pays to each region in the last layer, mean over heads; 0 for dropped regions."""
     stacks: dict[StackName, States]
     """Single stream: `fusion`. Two encoders: `vision`, `text` and `cross`."""
-    trim_scores_BN: Tensor | None = None
+    trimmings: list["Trimming"] = field(default_factory=list)
+    """One per trimming layer that was passed."""
+    heads: dict[int, Heads] = field(default_factory=dict)
+    """Of the layers that trim heads."""
 
     @property
     def hidden_BTD(self) -> list[Tensor]:  # noqa: N802  (named as the fields are)
@@ -63,90 +63,39 @@ class FusionOutput:
         return list(self.stacks.values())[-1].attention_BHTT
 
 
-class Image(NamedTuple):
-    """What cross-modal layers read."""
+@dataclass
+class Trimming:
+    """What went on behind one trimming layer."""
 
-    tokens_BSD: Tensor
-    mask_B11S: Tensor
-    keep_BS: Tensor
-    """0 for padding and for dropped regions: where nothing is left, nothing is read."""
-
-
-class Trimmed(NamedTuple):
-    """Tokens whose last N are regions, after the trimming layer."""
-
-    tokens_BTD: Tensor
-    valid_BN: Tensor
-    kept_BN: Tensor | None
-    """Masked form: all regions are still there, and those to be kept are 1."""
-    index_BK: Tensor | None
-    """Gathered form: which regions are left."""
-    scores_BN: Tensor
+    layer: int
+    cls_BD: Tensor
+    words_BL: Tensor
+    """1 for the words that go on; with gradients to the scores where tokens are masked."""
+    regions_BN: Tensor
+    """The same of regions, context tokens among them."""
+    scores_BN: Tensor | None
+    """Keep logits of the regions; None where nothing ranks them."""
 
 
-class Attention(nn.Module):
-    """Multi-head attention to the tokens themselves or to others.
+@dataclass
+class Stream:
+    """Words and regions between two layers."""
 
-    `keep` multiplies the attention paid to each key and renormalises.
-    """
-
-    def __init__(self, hidden: int, num_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim = num_heads, head_dim
-        inner = num_heads * head_dim
-        self.query = nn.Linear(hidden, inner)
-        self.key = nn.Linear(hidden, inner)
-        self.value = nn.Linear(hidden, inner)
-        self.output = nn.Linear(inner, hidden)
-
-    def forward(
-        self, x_BTD: Tensor, mask_B11S: Tensor, keep_BS: Tensor | None, read_BSD: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        def heads(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-
-        read_BSD = x_BTD if read_BSD is None else read_BSD
-        q, k, v = heads(self.query(x_BTD)), heads(self.key(read_BSD)), heads(self.value(read_BSD))
-        scores = torch.matmul(q * self.head_dim**-0.5, k.transpose(-1, -2)) + mask_B11S
-        attention = torch.softmax(scores, dim=-1)
-        if keep_BS is not None:
-            attention = attention * keep_BS[:, None, None, :]
-            attention = attention / attention.sum(-1, keepdim=True).clamp(min=1e-9)
-        context = torch.matmul(attention, v)
-        return self.output(context.transpose(1, 2).flatten(2)), attention
-
-
-class Layer(nn.Module):
-    """One post-norm transformer layer; with `cross_heads`, one that also attends to an image (BERT's decoder layer)."""
-
-    def __init__(self, config: FusionConfig, heads: int, ffn: int, cross_heads: int | None = None) -> None:
-        super().__init__()
-        self.attention = Attention(config.hidden, heads, config.head_dim)
-        self.attention_norm = nn.LayerNorm(config.hidden, eps=1e-12)
-        if cross_heads is not None:
-            self.cross_attention = Attention(config.hidden, cross_heads, config.head_dim)
-            self.cross_norm = nn.LayerNorm(config.hidden, eps=1e-12)
-        self.ffn_in = nn.Linear(config.hidden, ffn)
-        self.ffn_out = nn.Linear(ffn, config.hidden)
-        self.ffn_norm = nn.LayerNorm(config.hidden, eps=1e-12)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self, x_BTD: Tensor, mask_B11T: Tensor, keep_BT: Tensor | None = None, image: Image | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The tokens, their attention to each other, and to the image."""
-        y, attention = self.attention(x_BTD, mask_B11T, keep_BT)
-        x_BTD = self.attention_norm(x_BTD + self.dropout(y))
-        looked = None
-        if image is not None:
-            y, looked = self.cross_attention(x_BTD, image.mask_B11S, image.keep_BS, image.tokens_BSD)
-            x_BTD = self.cross_norm(x_BTD + self.dropout(y))
-        return self.feed_forward(x_BTD), attention, looked
-
-    def feed_forward(self, x_BTD: Tensor) -> Tensor:
-        """What follows attention."""
-        neurons = nn.functional.gelu(self.ffn_in(x_BTD))
-        return self.ffn_norm(x_BTD + self.dropout(self.ffn_out(neurons)))
+    words: Tokens
+    regions: Tokens
+    """Their states and the words' are brought up to date where tokens or heads are trimmed."""
+    parts_BPD: Tensor | None
+    num_regions: int
+    """That were given."""
+    num_hidden: int | None
+    stacks: dict[StackName, States]
+    x_BTD: Tensor = field(init=False)
+    """What the next layer works on: words, parts and regions; with two encoders, words."""
+    mask_B11T: Tensor = field(init=False)
+    keep_BT: Tensor | None = None
+    image: Image | None = None
+    trimmings: list[Trimming] = field(default_factory=list)
+    heads: dict[int, Heads] = field(default_factory=dict)
 
 
 class Fusion(nn.Module):
@@ -154,7 +103,7 @@ class Fusion(nn.Module):
 
     def __init__(self, config: FusionConfig, tokenizer: TokenizerSpec, region_dim: int) -> None:
         super().__init__()
-        self.config, self.pad_id = config, tokenizer.pad_id
+        self.config, self.pad_id, self.sep_id = config, tokenizer.pad_id, tokenizer.sep_id
         self.words = nn.Embedding(tokenizer.vocab_size, config.hidden)
         self.positions = nn.Embedding(tokenizer.max_tokens, config.hidden)
         self.types = nn.Embedding(2, config.hidden)
@@ -166,7 +115,7 @@ class Fusion(nn.Module):
             self.vision = _layers(config, config.vision_heads, config.vision_ffn)
             self.text = _layers(config, config.text_heads, config.text_ffn)
         self.layers = _layers(config, config.layer_heads, config.layer_ffn, config.cross_heads)
-        self.trimmer = TokenTrimmer(config) if config.trim_after is not None else None
+        self.trimmers = Trimmers(config, config.trim) if config.trim is not None else None
         self.pooler = nn.Linear(config.hidden, config.hidden)
         for embedding in (self.words, self.positions, self.types):
             nn.init.normal_(embedding.weight, std=0.02)
@@ -204,8 +153,7 @@ class Fusion(nn.Module):
         valid_BN: Tensor,
         input_ids_BL: Tensor,
         *,
-        num_keep: int | None = None,
-        trim_temperature: float | None = None,
+        trim: Trim = FULL,
         num_caption: int | None = None,
         seq2seq: bool = False,
     ) -> FusionOutput:
@@ -215,84 +163,99 @@ class Fusion(nn.Module):
             features_BND, boxes_norm_BN4: region features and normalised corners.
             valid_BN: 1.0 where the region counts, 0.0 where it is padding.
             input_ids_BL: token ids.
-            num_keep: region tokens kept after the trimming layer; None = all.
-            trim_temperature: if given, trimming masks tokens (differentiably) instead of removing them.
+            trim: what is read and kept; needs a config with trimming layers where it is not `FULL`.
             num_caption: words of the caption; the other words are tags. None = all words.
             seq2seq: a caption word sees the caption up to itself, and tags and regions see no caption (for generation).
         """
+        stream = self.begin(features_BND, boxes_norm_BN4, valid_BN, input_ids_BL, trim, num_caption, seq2seq)
+        for i in range(len(self.layers)):
+            self.step(stream, i, trim)
+        return self.end(stream)
+
+    def begin(
+        self,
+        features_BND: Tensor,
+        boxes_norm_BN4: Tensor,
+        valid_BN: Tensor,
+        input_ids_BL: Tensor,
+        trim: Trim = FULL,
+        num_caption: int | None = None,
+        seq2seq: bool = False,
+    ) -> Stream:
+        """Embed words and regions; with two encoders, encode both."""
+        num_regions = valid_BN.shape[1]
+        if trim.num_words is not None and trim.num_words < input_ids_BL.shape[1]:
+            input_ids_BL = input_ids_BL[:, : trim.num_words]
+        if trim.num_regions is not None and trim.num_regions < num_regions:
+            features_BND, boxes_norm_BN4 = features_BND[:, : trim.num_regions], boxes_norm_BN4[:, : trim.num_regions]
+            valid_BN = valid_BN[:, : trim.num_regions]
         words_BLD = self.embed_words(input_ids_BL, num_caption)
         image_BSD = self.embed_image(features_BND, boxes_norm_BN4)
         word_valid_BL = (input_ids_BL != self.pad_id).to(features_BND.dtype)
         num_hidden = (num_caption or input_ids_BL.shape[1]) if seq2seq else None
-        num_keep = None if num_keep is None or num_keep >= features_BND.shape[1] else num_keep
-        through = self._two_encoders if self.config.has_encoders else self._single_stream
-        return through(words_BLD, image_BSD, word_valid_BL, valid_BN, num_hidden, num_keep, trim_temperature)
+        always_BL = None
+        if trim.words or trim.threshold is not None:
+            always_BL = (input_ids_BL == self.sep_id).to(features_BND.dtype) * ALWAYS
+            always_BL = always_BL + ALWAYS * 2 * _first(always_BL)
+        num_parts = len(self.config.parts)
+        stream = Stream(
+            words=Tokens(words_BLD, word_valid_BL, always_BL),
+            regions=Tokens(_behind(image_BSD, num_parts), valid_BN),
+            parts_BPD=image_BSD[:, :num_parts] if num_parts else None,
+            num_regions=num_regions,
+            num_hidden=num_hidden,
+            stacks={"fusion": States([])},
+        )
+        if not self.config.has_encoders:
+            stream.x_BTD = torch.cat([words_BLD, image_BSD], dim=1)
+            stream.stacks["fusion"].hidden_BTD.append(stream.x_BTD)
+        else:
+            image_mask = attention_mask(self.image_valid(valid_BN))
+            word_mask = attention_mask(word_valid_BL, num_hidden)
+            vision, text = States([image_BSD]), States([words_BLD])
+            for stack, layers, mask in ((vision, self.vision, image_mask), (text, self.text, word_mask)):
+                for layer in layers:
+                    x, attention, _ = layer(stack.hidden_BTD[-1], mask)
+                    stack.hidden_BTD.append(x)
+                    stack.attention_BHTT.append(attention)
+            stream.x_BTD = text.hidden_BTD[-1]
+            stream.stacks = {"vision": vision, "text": text, "cross": States([stream.x_BTD])}
+            self._split_image(stream, vision.hidden_BTD[-1])
+        self._set_masks(stream)
+        return stream
 
-    def _single_stream(
-        self,
-        words_BLD: Tensor,
-        image_BSD: Tensor,
-        word_valid_BL: Tensor,
-        valid_BN: Tensor,
-        num_hidden: int | None,
-        num_keep: int | None,
-        trim_temperature: float | None,
-    ) -> FusionOutput:
-        length = word_valid_BL.shape[1] + len(self.config.parts)  # of what comes before the regions
+    def step(self, stream: Stream, i: int, trim: Trim) -> None:
+        """Layer `i` and, where the config says so, trimming behind it; changes `stream`."""
+        x_BTD, states = stream.x_BTD, list(stream.stacks.values())[-1]
+        heads = self._heads(stream, i, trim)
+        y_BTD, attention, looked = self.layers[i](x_BTD, stream.mask_B11T, stream.keep_BT, stream.image, heads)
+        if stream.keep_BT is not None:  # what was dropped stays as it is
+            y_BTD = x_BTD + stream.keep_BT.unsqueeze(-1) * (y_BTD - x_BTD)
+        stream.x_BTD = y_BTD
+        states.hidden_BTD.append(y_BTD)
+        states.attention_BHTT.append(attention)
+        if looked is not None:
+            states.cross_BHTS.append(looked)
+        if self.config.trim is not None and i in self.config.trim.layers:
+            self._trim(stream, i, trim)
 
-        def mask_of(region_valid: Tensor) -> Tensor:
-            return attention_mask(torch.cat([word_valid_BL, self.image_valid(region_valid)], dim=1), num_hidden)
-
-        x, mask, keep, trimmed = torch.cat([words_BLD, image_BSD], dim=1), mask_of(valid_BN), None, None
-        states = States([x])
-        for i, layer in enumerate(self.layers):
-            x, attention, _ = layer(x, mask, keep)
-            states.hidden_BTD.append(x)
-            states.attention_BHTT.append(attention)
-            if num_keep is not None and i == self.config.trim_after:
-                trimmed = self._trim(x, x[:, 0], valid_BN, num_keep, trim_temperature)
-                x = trimmed.tokens_BTD
-                if trimmed.kept_BN is None:
-                    mask = mask_of(trimmed.valid_BN)
-                else:
-                    keep = torch.cat([torch.ones_like(word_valid_BL), self.image_valid(trimmed.kept_BN)], dim=1)
-        looked_at = states.attention_BHTT[-1][:, :, 0, length:].mean(1)
-        return self._output(x[:, 0], x[:, length:], looked_at, {"fusion": states}, trimmed, valid_BN)
-
-    def _two_encoders(
-        self,
-        words_BLD: Tensor,
-        image_BSD: Tensor,
-        word_valid_BL: Tensor,
-        valid_BN: Tensor,
-        num_hidden: int | None,
-        num_keep: int | None,
-        trim_temperature: float | None,
-    ) -> FusionOutput:
-        length, image_valid = len(self.config.parts), self.image_valid(valid_BN)
-        image_mask, word_mask = attention_mask(image_valid), attention_mask(word_valid_BL, num_hidden)
-        vision, text = States([image_BSD]), States([words_BLD])
-        for stack, layers, mask in ((vision, self.vision, image_mask), (text, self.text, word_mask)):
-            for layer in layers:
-                x, attention, _ = layer(stack.hidden_BTD[-1], mask)
-                stack.hidden_BTD.append(x)
-                stack.attention_BHTT.append(attention)
-        x, trimmed = text.hidden_BTD[-1], None
-        image, cross = Image(vision.hidden_BTD[-1], image_mask, image_valid), States([x])
-        for i, layer in enumerate(self.layers):
-            x, attention, looked = layer(x, word_mask, None, image)
-            cross.hidden_BTD.append(x)
-            cross.attention_BHTT.append(attention)
-            cross.cross_BHTS.append(looked)
-            if num_keep is not None and i == self.config.trim_after:
-                trimmed = self._trim(image.tokens_BSD, x[:, 0], valid_BN, num_keep, trim_temperature)
-                region_keep = trimmed.valid_BN if trimmed.kept_BN is None else trimmed.valid_BN * trimmed.kept_BN
-                mask = attention_mask(self.image_valid(trimmed.valid_BN))
-                image = Image(trimmed.tokens_BTD, mask, self.image_valid(region_keep))
-        regions_BND = _behind(image.tokens_BSD, length) * x[:, :1]
-        looked_at = _behind(cross.cross_BHTS[-1][:, :, 0].mean(1), length)
-        stacks: dict[StackName, States] = {"vision": vision, "text": text, "cross": cross}
-        return self._output(x[:, 0], regions_BND, looked_at, stacks, trimmed, valid_BN)
+    def end(self, stream: Stream) -> FusionOutput:
+        """What the heads read."""
+        length = stream.words.present_BN.shape[1]
+        num_parts = len(self.config.parts)
+        states = list(stream.stacks.values())[-1]
+        cls_BD = stream.x_BTD[:, 0]
+        if self.config.has_encoders:
+            regions_BND = stream.regions.x_BND * stream.x_BTD[:, :1]
+            looked_at = _behind(states.cross_BHTS[-1][:, :, 0].mean(1), num_parts)
+        else:
+            regions_BND = stream.x_BTD[:, length + num_parts :]
+            looked_at = states.attention_BHTT[-1][:, :, 0, length + num_parts :].mean(1)
+        looked_at = stream.regions.back(looked_at)
+        if (missing := stream.num_regions - looked_at.shape[1]) > 0:
+            looked_at = torch.nn.functional.pad(looked_at, (0, missing))
+        pooled = torch.tanh(self.pooler(cls_BD))
+        return FusionOutput(pooled, regions_BND, looked_at, stream.stacks, stream.trimmings, stream.heads)
 
     def image_valid(self, valid_BN: Tensor) -> Tensor:
         """(B, P + N): the parts of the image always count, the regions as given."""
@@ -302,37 +265,142 @@ class Fusion(nn.Module):
         ones = torch.ones(len(valid_BN), num_parts, dtype=valid_BN.dtype, device=valid_BN.device)
         return torch.cat([ones, valid_BN], dim=1)
 
-    def _trim(
-        self, tokens_BTD: Tensor, cls_BD: Tensor, valid_BN: Tensor, num_keep: int, temperature: float | None
-    ) -> Trimmed:
-        """Rank the regions, which are the last of the tokens, and keep the best: gathered, or masked at a temperature."""
-        assert self.trimmer is not None, "a config with trim_after has a trimmer"
-        length = tokens_BTD.shape[1] - valid_BN.shape[1]
-        regions = _behind(tokens_BTD, length)
-        # The trimmer reads the trunk's states but does not steer them: it only ranks.
-        scores = self.trimmer(regions, cls_BD) + (1.0 - valid_BN) * MASKED
-        if temperature is not None:
-            return Trimmed(tokens_BTD, valid_BN, straight_through_keep(scores, num_keep, temperature), None, scores)
-        index = torch.topk(scores, num_keep, dim=1).indices
-        kept_BKD = take(regions, index)
-        tokens_BTD = torch.cat([tokens_BTD[:, :length], kept_BKD], dim=1) if length else kept_BKD
-        return Trimmed(tokens_BTD, take(valid_BN, index), None, index, scores)
+    def _set_masks(self, stream: Stream) -> None:
+        """What the next layers read of words and image."""
+        words, regions = stream.words, stream.regions
+        image_mask = self._sized(stream, attention_mask(self.image_valid(regions.present_BN)))
+        if self.config.has_encoders:
+            stream.mask_B11T, stream.keep_BT = attention_mask(words.present_BN, stream.num_hidden), words.keep_BN
+            tokens_BSD = regions.x_BND
+            if stream.parts_BPD is not None:
+                tokens_BSD = torch.cat([stream.parts_BPD, tokens_BSD], dim=1)
+            keep_BS = None if regions.keep_BN is None else self.image_valid(regions.keep_BN)
+            some_B = self.image_valid(regions.weights_BN).amax(1)
+            stream.image = Image(tokens_BSD, image_mask, some_B, keep_BS)
+            return
+        valid_BT = torch.cat([words.present_BN, self.image_valid(regions.present_BN)], dim=1)
+        stream.mask_B11T = self._sized(stream, attention_mask(valid_BT, stream.num_hidden))
+        if words.keep_BN is None and regions.keep_BN is None:
+            stream.keep_BT = None
+        else:
+            kept = (torch.ones_like(t.present_BN) if t.keep_BN is None else t.keep_BN for t in (words, regions))
+            word_keep, region_keep = kept
+            stream.keep_BT = torch.cat([word_keep, self.image_valid(region_keep)], dim=1)
 
-    def _output(
-        self,
-        cls_BD: Tensor,
-        regions_BND: Tensor,
-        looked_at: Tensor,
-        stacks: dict[StackName, States],
-        trimmed: Trimmed | None,
-        valid_BN: Tensor,
-    ) -> FusionOutput:
-        if trimmed is not None and trimmed.index_BK is not None:
-            at = torch.arange(valid_BN.shape[1], device=cls_BD.device)
-            places = (trimmed.index_BK.unsqueeze(-1) == at).to(cls_BD.dtype)
-            looked_at = torch.matmul(looked_at.unsqueeze(1), places).squeeze(1)
-        pooled = torch.tanh(self.pooler(cls_BD))
-        return FusionOutput(pooled, regions_BND, looked_at, stacks, trimmed.scores_BN if trimmed else None)
+    def _sized(self, stream: Stream, mask_BQTS: Tensor) -> Tensor:
+        """A token that stands for several is read like several (ToMe's proportional attention)."""
+        sizes_BN = stream.regions.sizes_BN
+        if sizes_BN is None:
+            return mask_BQTS
+        before = mask_BQTS.shape[-1] - sizes_BN.shape[1]
+        return mask_BQTS + torch.nn.functional.pad(torch.log(sizes_BN), (before, 0))[:, None, None, :]
+
+    def _split_image(self, stream: Stream, image_BSD: Tensor) -> None:
+        num_parts = len(self.config.parts)
+        stream.parts_BPD = image_BSD[:, :num_parts] if num_parts else None
+        stream.regions = stream.regions._replace(x_BND=_behind(image_BSD, num_parts))
+
+    def _refresh(self, stream: Stream) -> None:
+        """Bring the states of words and regions up to date."""
+        if self.config.has_encoders:
+            stream.words = stream.words._replace(x_BND=stream.x_BTD)
+            return
+        length = stream.words.present_BN.shape[1]
+        stream.words = stream.words._replace(x_BND=stream.x_BTD[:, :length])
+        self._split_image(stream, stream.x_BTD[:, length:])
+
+    def _image_mean(self, stream: Stream) -> Tensor:
+        regions = stream.regions
+        if stream.parts_BPD is None:
+            return mean_of(regions.x_BND, regions.weights_BN)
+        return mean_of(torch.cat([stream.parts_BPD, regions.x_BND], dim=1), self.image_valid(regions.weights_BN))
+
+    def _heads(self, stream: Stream, i: int, trim: Trim) -> Heads:
+        """Which heads layer `i` needs for each row."""
+        config = self.config.trim
+        if trim.head_threshold is None or config is None or i not in config.head_layers:
+            return ALL_HEADS
+        assert self.trimmers is not None, "a config with trimming layers has trimmers"
+        self._refresh(stream)
+        query = stream.x_BTD[:, 0], self._image_mean(stream)
+
+        def chosen(trimmer: nn.Module) -> Tensor:
+            keep = keep_by_threshold(trimmer(*query), trim.head_threshold or 0.0, trim.temperature, trim.noise)
+            return keep if trim.masks else keep > 0
+
+        cross = chosen(self.trimmers.image_heads[str(i)]) if self.config.has_encoders else None
+        stream.heads[i] = Heads(chosen(self.trimmers.heads[str(i)]), cross)
+        return stream.heads[i]
+
+    def _trim(self, stream: Stream, i: int, trim: Trim) -> None:
+        """Drop or merge tokens behind layer `i`."""
+        config, trimmers = self.config.trim, self.trimmers
+        assert config is not None and trimmers is not None
+        place = config.layers.index(i)
+        num_words = trim.words[place] if trim.words and config.words else None
+        num_regions = trim.regions[place] if trim.regions else None
+        adaptive = trim.threshold is not None
+        if num_words is not None and num_words >= stream.words.present_BN.shape[1]:
+            num_words = None
+        if num_regions is not None and num_regions >= stream.regions.present_BN.shape[1]:
+            num_regions = None
+        if not adaptive and num_words is None and num_regions is None:
+            return
+        self._refresh(stream)
+        cls_BD, words, regions, scores_BN = stream.x_BTD[:, 0], stream.words, stream.regions, None
+        image_BD = self._image_mean(stream) if config.policy == "learned" else cls_BD
+        paid_BL, paid_BN = self._paid(stream) if config.policy == "attention" else (None, None)
+        if num_words is not None or (adaptive and config.words):
+            scores_BL = trimmers.scores("words", i, words.x_BND, words.weights_BN, cls_BD, image_BD, paid_BL)
+            assert words.always_BN is not None
+            words = _choose(words, scores_BL + words.always_BN, num_words, 0, trim)
+        if config.policy == "similarity" and num_regions is not None:
+            assert not trim.masks, "pairs are gathered"
+            regions = pair_up(regions, num_regions)
+        elif num_regions is not None or adaptive:
+            read = regions.x_BND, regions.weights_BN, cls_BD, image_BD, paid_BN
+            scores_BN = trimmers.scores("regions", i, *read)
+            regions = _choose(regions, scores_BN, num_regions, config.context, trim)
+        stream.words, stream.regions = words, regions
+        stream.trimmings.append(Trimming(i, cls_BD, words.weights_BN, regions.weights_BN, scores_BN))
+        self.resume(stream)
+
+    def resume(self, stream: Stream) -> None:
+        """Let the next layer work on the words and regions of the stream as they are now."""
+        if self.config.has_encoders:
+            stream.x_BTD = stream.words.x_BND
+        else:
+            parts = () if stream.parts_BPD is None else (stream.parts_BPD,)
+            stream.x_BTD = torch.cat([stream.words.x_BND, *parts, stream.regions.x_BND], dim=1)
+        self._set_masks(stream)
+
+    def _paid(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Attention that the layer before paid to each word, and to each region by the words: mean over heads and readers."""
+        states = list(stream.stacks.values())[-1]
+        length, num_parts = stream.words.present_BN.shape[1], len(self.config.parts)
+        own_BTT = states.attention_BHTT[-1].mean(1)
+        readers_BL = stream.words.weights_BN
+        of_words_BT = mean_of(own_BTT[:, :length], readers_BL)
+        if self.config.has_encoders:
+            return of_words_BT, _behind(mean_of(states.cross_BHTS[-1].mean(1), readers_BL), num_parts)
+        return of_words_BT[:, :length], of_words_BT[:, length + num_parts :]
+
+
+def _choose(tokens: Tokens, scores_BN: Tensor, number: int | None, num_context: int, trim: Trim) -> Tokens:
+    """Fixed numbers or a threshold, masked or gathered."""
+    if number is not None:
+        if trim.temperature is None:
+            return keep_number(tokens, scores_BN, number, num_context)
+        return mask_number(tokens, scores_BN, number, num_context, trim.temperature)
+    assert trim.threshold is not None
+    chosen = mask_above(tokens, scores_BN, trim.threshold, num_context, trim.temperature, trim.noise)
+    return chosen if trim.masks else compact(chosen)
+
+
+def _first(like_BN: Tensor) -> Tensor:
+    """1 for the first token."""
+    places = torch.arange(like_BN.shape[1], device=like_BN.device)
+    return (places == 0).to(like_BN.dtype)
 
 
 def _behind(x: Tensor, length: int) -> Tensor:
@@ -345,20 +413,3 @@ def _layers(
 ) -> nn.ModuleList:
     others = cross_heads or (None,) * len(heads)
     return nn.ModuleList(Layer(config, *numbers) for numbers in zip(heads, ffn, others, strict=True))
-
-
-def attention_mask(valid_BT: Tensor, num_caption: int | None = None) -> Tensor:
-    """Additive: what is not valid is not read; with `num_caption`, nor is what a caption has still to say."""
-    mask_B11T = ((1.0 - valid_BT) * MASKED)[:, None, None, :]
-    if num_caption is None:
-        return mask_B11T
-    return mask_B11T + seq2seq_mask(num_caption, mask_B11T.shape[-1], mask_B11T)
-
-
-def seq2seq_mask(num_caption: int, num_tokens: int, like: Tensor) -> Tensor:
-    """Additive mask (T, T), query x key, of UniLM's sequence-to-sequence form: the caption reads itself from left to
-    right and all of the context behind it; the context reads the context only.
-    """
-    token = torch.arange(num_tokens, device=like.device)
-    hidden = (token[None, :] < num_caption) & (token[None, :] > torch.where(token < num_caption, token, -1)[:, None])
-    return hidden.to(like.dtype) * MASKED

@@ -14,6 +14,7 @@ from edgevlm.models.fusion import Fusion, FusionOutput
 from edgevlm.models.groups import cut, groups_of
 from edgevlm.models.heads import AnswerHead, LinearAnswerHead, PairHead, WordHead
 from edgevlm.models.tee import TEE, Regions
+from edgevlm.models.trimmer import FULL, Trim
 
 
 class Answer(NamedTuple):
@@ -50,12 +51,10 @@ class VLM(nn.Module):
         self,
         regions: Regions,
         input_ids_BL: Tensor,
-        *,
-        num_keep: int | None = None,
-        trim_temperature: float | None = None,
+        trim: Trim = FULL,
     ) -> Answer:
         """Answer logits for questions about already encoded images (row i asks about image i)."""
-        output = self.fuse(regions, input_ids_BL, num_keep=num_keep, trim_temperature=trim_temperature)
+        output = self.fuse(regions, input_ids_BL, trim=trim)
         return Answer(self.head(output.pooled_BD), output)
 
     def fuse(self, regions: Regions, input_ids_BL: Tensor, **settings: Any) -> FusionOutput:

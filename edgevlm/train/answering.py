@@ -15,6 +15,7 @@ from edgevlm.job import Job
 from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
 from edgevlm.models.registry import resolve_fusion
+from edgevlm.models.trimmer import FULL, Trim
 from edgevlm.models.vlm import VLM
 from edgevlm.recipe import FineTuneSection, TeacherSection, TrainSection
 from edgevlm.tasks import answers as task
@@ -140,19 +141,29 @@ def fit_answers(
 
 
 @torch.no_grad()
-def predict(model: VLM, split: RegionSplit, num_keep: int | None = None, batch_size: int = 512) -> np.ndarray:
+def predict(model: VLM, split: RegionSplit, trim: Trim = FULL, batch_size: int = 512) -> np.ndarray:
     """Index of the answer to every question of the split, (Q,)."""
     model.eval()
+    merges = model.config.fusion.trim is not None and model.config.fusion.trim.policy == "similarity"
+    # Which tokens pair up depends on their places, so padding must stand where the exported program has it.
+    min_regions = split.scores.shape[1] if merges and trim != FULL else 1
     device = next(model.head.parameters()).device
     predicted = []
     for rows in torch.arange(len(split.answers)).split(batch_size):
-        batch = send_to_device(batch_of(model, split, rows), device)
-        logits = model.answer(batch.regions, batch.input_ids, num_keep=num_keep).logits_BA  # pyright: ignore
+        batch = send_to_device(batch_of(model, split, rows, min_regions), device)
+        logits = model.answer(batch.regions, batch.input_ids, trim).logits_BA  # pyright: ignore
         predicted.append(logits.argmax(1).cpu())
     return torch.cat(predicted).numpy()
 
 
-def evaluate(model: VLM, job: Job, num_keep: int | None = None, cache: Path | None = None) -> dict[str, float]:
+def question_scores(predicted: np.ndarray, split: RegionSplit) -> np.ndarray:
+    """Score of every answer, (Q,) 0..1: the official accuracy where several annotators answered (`tasks/vqa.py`)."""
+    if split.answer_ids is not None and split.official is not None:
+        return vqa.official_scores(predicted, split.answer_ids.numpy(), split.official.numpy())
+    return (predicted == split.answers.numpy()).astype(np.float64)
+
+
+def evaluate(model: VLM, job: Job, trim: Trim = FULL, cache: Path | None = None) -> dict[str, float]:
     """Accuracy on each evaluation split, the majority answer's, and per kind on the test split.
 
     `cache` holds the regions; None = those of the stage `regions`. Where several annotators answered, it is the
@@ -164,13 +175,11 @@ def evaluate(model: VLM, job: Job, num_keep: int | None = None, cache: Path | No
         if name == "train":
             continue
         split = RegionSplit.load(cache, name)
-        predicted, truth = predict(model, split, num_keep), split.answers.numpy()
+        predicted, truth = predict(model, split, trim), split.answers.numpy()
+        scores = question_scores(predicted, split)
         if split.answer_ids is not None and split.official is not None:
-            ids_QK, official_QK = split.answer_ids.numpy(), split.official.numpy()
-            scores = vqa.official_scores(predicted, ids_QK, official_QK)
-            metrics[f"majority_{name}"] = vqa.best_constant(ids_QK, official_QK)
+            metrics[f"majority_{name}"] = vqa.best_constant(split.answer_ids.numpy(), split.official.numpy())
         else:
-            scores = predicted == truth
             metrics[f"majority_{name}"] = task.majority(truth)
         metrics[f"accuracy_{name}"] = float(scores.mean())
         if name == "test":

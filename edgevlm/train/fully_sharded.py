@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from edgevlm import processes
-from edgevlm.models.fusion import Layer
+from edgevlm.models.attention import Layer
 
 HOOKS = (
     "_forward_pre_hooks",

@@ -10,10 +10,10 @@ from edgevlm.recipe import TrainSection
 from edgevlm.train.fully_sharded import cut_like
 
 
-def schedule(step: int, steps: int, warmup: float, shape: Literal["linear", "cosine"] = "linear") -> float:
-    """Learning-rate factor: linear rise over `warmup * steps`, then a linear or cosine fall to 0."""
+def schedule(step: int, steps: int, warmup: float, shape: Literal["linear", "cosine", "constant"] = "linear") -> float:
+    """Learning-rate factor: linear rise over `warmup * steps`, then a linear or cosine fall to 0, or none."""
     rise = max(1, round(warmup * steps))
-    left = (steps - step) / max(1, steps - rise)
+    left = 1.0 if shape == "constant" else (steps - step) / max(1, steps - rise)
     if shape == "cosine" and left < 1:
         left = 0.5 - 0.5 * math.cos(math.pi * left)
     return min((step + 1) / rise, left)

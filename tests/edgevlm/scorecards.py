@@ -18,7 +18,7 @@ from edgevlm.artifacts import (
 from edgevlm.report import join
 from tests.edgevlm.tiny import LABELS, SPEC, TOKENIZER, tiny_vlm
 
-RUNGS = (Rung(name="full", num_regions=16), Rung(name="b10", num_regions=10), Rung(name="b6", num_regions=6))
+RUNGS = (Rung(name="full", regions=(16,)), Rung(name="b10", regions=(10,)), Rung(name="b6", regions=(6,)))
 MODELS = {  # target, precision -> MB, ms of encoding, ms of answering by rung, points below PyTorch
     ("onnx", "fp32"): (3.9, 6.4, (1.9, 1.5, 1.3), 0.0),
     ("onnx", "int8"): (1.2, 4.9, (1.1, 0.9, 0.8), 0.4),

@@ -3,6 +3,7 @@
 import torch
 
 from edgevlm.models.tee import Regions
+from edgevlm.models.trimmer import Trim
 from edgevlm.train.answering import batch_of
 from edgevlm.train.regions import RegionSplit
 from tests.edgevlm.tiny import tiny_ids, tiny_regions, tiny_vlm
@@ -51,8 +52,8 @@ def test_a_cut_batch_gives_the_same_trimmed_answers() -> None:
     batch = batch_of(model, split, torch.arange(3))
     with torch.no_grad():
         for num_keep in (2, 4):
-            expected = model.answer(whole, split.input_ids, num_keep=num_keep).logits_BA
-            answer = model.answer(batch.regions, batch.input_ids, num_keep=num_keep)
+            expected = model.answer(whole, split.input_ids, trim=Trim(regions=(num_keep,))).logits_BA
+            answer = model.answer(batch.regions, batch.input_ids, trim=Trim(regions=(num_keep,)))
             torch.testing.assert_close(answer.logits_BA, expected, atol=1e-5, rtol=0)
 
 

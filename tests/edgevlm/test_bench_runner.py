@@ -20,7 +20,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 CASES, REGIONS, WORDS = 3, 4, TOKENIZER.max_tokens
-RUNGS = (Rung(name="full", num_regions=REGIONS), Rung(name="b1", num_regions=1))
+RUNGS = (Rung(name="full", regions=(REGIONS,)), Rung(name="b1", regions=(1,)))
 PROVENANCE = Provenance(stage="test", key="k")
 SETTINGS = BenchSection(threads=1, warmup=2, runs=12)
 TOLERANCES = {"fp32": {"min_margin": 0.0, "max_differing_share": 0.0, "max_abs_logits": 1e-4}}
@@ -262,7 +262,7 @@ def test_the_pytorch_baseline_answers_its_own_golden_cases(tmp_path: Path) -> No
         preprocess=SPEC,
         tokenizer=TOKENIZER,
         labels=LABELS,
-        rungs=(Rung(name="full", num_regions=model.config.tee.num_regions),),
+        rungs=(Rung(name="full", regions=(model.config.tee.num_regions,)),),
     )
     (tmp_path / "checkpoint").mkdir()
     save_file(model.state_dict(), tmp_path / "checkpoint" / "model.safetensors")

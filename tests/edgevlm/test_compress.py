@@ -17,6 +17,7 @@ from edgevlm.errors import RecipeError
 from edgevlm.models.gates import Gates, HardConcrete, gated
 from edgevlm.models.groups import Group, groups_of
 from edgevlm.models.registry import FUSIONS, TEES
+from edgevlm.models.trimmer import Trim
 from edgevlm.models.vlm import VLM
 from tests.edgevlm.tiny import LABELS, SPEC, TOKENIZER, tiny_ids, tiny_regions, tiny_vlm
 
@@ -261,8 +262,9 @@ def test_macs_match_torch_count() -> None:
     regions, ids = tiny_regions(1), tiny_ids(1)
     config, length = model.config.fusion, ids.shape[1]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.fusion(regions.features_BND, regions.boxes_norm_BN4, torch.ones(1, 8), ids, num_keep=3)
+        model.fusion(regions.features_BND, regions.boxes_norm_BN4, torch.ones(1, 8), ids, trim=Trim(regions=(3,)))
     hidden, bottleneck = config.hidden, max(8, config.hidden // 4)
-    extras = 8 * (hidden * bottleneck + bottleneck) + hidden * bottleneck + hidden * hidden  # trimmer and pooler
+    extras = 8 * (hidden * bottleneck + bottleneck) + 3 * hidden * bottleneck  # trimmer: tokens; [CLS], image and mean
+    extras += 8 * hidden + 8 * hidden + hidden * hidden  # means of the regions and of the image; pooler
     extras += 3 * 8  # looked_at: (1, 3) x (3, 8)
-    assert counter.get_total_flops() / 2 == fusion_macs(config, length, 8, 3, 32) + extras
+    assert counter.get_total_flops() / 2 == fusion_macs(config, length, 8, 32, Trim(regions=(3,))) + extras

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from edgevlm.models.tee import Regions
-from edgevlm.models.trimmer import straight_through_keep
+from edgevlm.models.trimmer import Trim, keep_by_number
 from tests.edgevlm.tiny import tiny_ids, tiny_regions, tiny_vlm
 
 TOLERANCE = 1e-5  # float32 sums in another order
@@ -38,28 +38,32 @@ def test_text_padding_does_not_matter() -> None:
 @pytest.mark.parametrize("keep", [1, 3, 5])
 def test_masked_trimming_equals_gathered(keep: int) -> None:
     model, regions, ids = tiny_vlm(trim_after=0), tiny_regions(6), tiny_ids(6)
-    gathered = model.answer(regions, ids, num_keep=keep).logits_BA
-    masked = model.answer(regions, ids, num_keep=keep, trim_temperature=0.5).logits_BA
+    gathered = model.answer(regions, ids, trim=Trim(regions=(keep,))).logits_BA
+    masked = model.answer(regions, ids, trim=Trim(regions=(keep,), temperature=0.5)).logits_BA
     torch.testing.assert_close(gathered, masked, atol=TOLERANCE, rtol=0)
 
 
 def test_dropped_tokens_cannot_leak() -> None:
     """After the trimming layer, what a dropped region says must not change the answer."""
     model, regions, ids = tiny_vlm(trim_after=0), tiny_regions(6), tiny_ids(6)
-    kept = model.answer(regions, ids, num_keep=2).fusion.looked_at_BN > 0
+    kept = model.answer(regions, ids, trim=Trim(regions=(2,))).fusion.looked_at_BN > 0
     assert kept.sum(1).max() <= 2
     full = model.answer(regions, ids).logits_BA
-    assert (full - model.answer(regions, ids, num_keep=2).logits_BA).abs().max() > 1e-4, "trimming must do something"
+    assert (full - model.answer(regions, ids, trim=Trim(regions=(2,))).logits_BA).abs().max() > 1e-4, (
+        "trimming must do something"
+    )
 
 
 def test_full_budget_is_the_untrimmed_model() -> None:
     model, regions, ids = tiny_vlm(trim_after=0), tiny_regions(6), tiny_ids(6)
-    assert torch.equal(model.answer(regions, ids, num_keep=8).logits_BA, model.answer(regions, ids).logits_BA)
+    assert torch.equal(
+        model.answer(regions, ids, trim=Trim(regions=(8,))).logits_BA, model.answer(regions, ids).logits_BA
+    )
 
 
-def test_straight_through_keeps_exactly_k_and_has_gradients() -> None:
+def test_keep_by_numbers_exactly_k_and_has_gradients() -> None:
     scores = torch.randn(5, 8, requires_grad=True)
-    kept = straight_through_keep(scores, 3, 1.0)
+    kept = keep_by_number(scores, 3, 1.0)
     assert kept.sum(1).detach().round().tolist() == [3.0] * 5
     (kept * torch.rand(5, 8)).sum().backward()
     assert scores.grad is not None and (scores.grad.abs() > 0).all()

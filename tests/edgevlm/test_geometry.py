@@ -12,6 +12,7 @@ from edgevlm.compress.cost import fusion_macs
 from edgevlm.models.geometry import BoxGeometry, box_numbers
 from edgevlm.models.registry import FUSIONS, TEES
 from edgevlm.models.tee import Regions
+from edgevlm.models.trimmer import Trim
 from edgevlm.models.vlm import VLM
 from targets.program import AnswerQuestion, EncodeImage
 from tests.edgevlm.tiny import LABELS, SPEC, TOKENIZER, tiny_ids, tiny_regions
@@ -65,7 +66,7 @@ def test_defaults_are_as_before() -> None:
     names = VLM(ModelConfig(tee=TEES["test-tee"], fusion=plain), SPEC, TOKENIZER, LABELS).state_dict()
     assert not [name for name in names if "part" in name or "geometry" in name]
     assert names["fusion.region.weight"].shape == (32, TEES["test-tee"].roi_hidden + 6)
-    assert fusion_macs(plain, 10, 8, 8, 32) < fusion_macs(CONFIG, 10, 8, 8, 32)
+    assert fusion_macs(plain, 10, 8, 32) < fusion_macs(CONFIG, 10, 8, 32)
 
 
 def test_tags_are_probabilities() -> None:
@@ -89,15 +90,15 @@ def test_parts_do_not_break_padding_order_or_trimming() -> None:
         tolerance = {"atol": 1e-5, "rtol": 0}  # float32 sums in another order
         torch.testing.assert_close(model.answer(shuffled, ids).logits_BA, whole.logits_BA, **tolerance)
         torch.testing.assert_close(model.answer(regions, ids[:, :7]).logits_BA, whole.logits_BA, **tolerance)
-        gathered = model.answer(regions, ids, num_keep=3).logits_BA
-        masked = model.answer(regions, ids, num_keep=3, trim_temperature=0.5).logits_BA
+        gathered = model.answer(regions, ids, trim=Trim(regions=(3,))).logits_BA
+        masked = model.answer(regions, ids, trim=Trim(regions=(3,), temperature=0.5)).logits_BA
         torch.testing.assert_close(gathered, masked, **tolerance)
 
 
 def test_onnx_answers_the_same() -> None:
     """ONNX Runtime against PyTorch, logits within 1e-4 (float32 on both sides); a trimmed program."""
     model, regions, ids = _model(trim_after=0), _regions(3), tiny_ids(3)
-    module = AnswerQuestion(model, num_keep=3).eval()
+    module = AnswerQuestion(model, trim=Trim(regions=(3,))).eval()
     inputs = (*(part[:1] for part in regions), ids[:1])
     names = ["features", "boxes", "scores", "input_ids"]
     program = torch.onnx.export(

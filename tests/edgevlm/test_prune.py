@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from edgevlm.artifacts import WEIGHTS, Checkpoint
-from edgevlm.compare import compare_prune
+from edgevlm.compare.prune import compare_prune
 from edgevlm.compress.cost import cost_model, prunable_parameters
 from edgevlm.compress.distil import distil
 from edgevlm.compress.prune import prune

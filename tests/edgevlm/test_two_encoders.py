@@ -11,6 +11,7 @@ from edgevlm.artifacts import FusionConfig
 from edgevlm.errors import RecipeError
 from edgevlm.models.registry import FUSIONS, resolve_fusion
 from edgevlm.models.tee import Regions
+from edgevlm.models.trimmer import Trim
 from edgevlm.recipe import Choice
 from tests.edgevlm.tiny import dual_vlm, tiny_ids, tiny_regions
 
@@ -129,24 +130,25 @@ def test_encoders_read_their_own_modality_and_referred_regions_both() -> None:
 def test_masked_trimming_equals_gathered(keep: int, score: float | None, parts: Any) -> None:
     model, regions, ids = dual_vlm(trim_after=0, parts=parts), regions_with(score, 6), tiny_ids(6)
     full = model.answer(regions, ids)
-    gathered = model.answer(regions, ids, num_keep=keep)
-    masked = model.answer(regions, ids, num_keep=keep, trim_temperature=0.5)
+    gathered = model.answer(regions, ids, trim=Trim(regions=(keep,)))
+    masked = model.answer(regions, ids, trim=Trim(regions=(keep,), temperature=0.5))
     torch.testing.assert_close(gathered.logits_BA, masked.logits_BA, atol=TOLERANCE, rtol=0)
     looked = gathered.fusion.looked_at_BN, masked.fusion.looked_at_BN
     torch.testing.assert_close(*looked, atol=TOLERANCE, rtol=0)
     assert (looked[0] > 0).sum(1).max() <= keep
     assert gathered.fusion.stacks["cross"].cross_BHTS[1].shape[-1] == keep + len(parts)
     assert (full.logits_BA - gathered.logits_BA).abs().max() > 1e-4
-    assert torch.equal(full.logits_BA, model.answer(regions, ids, num_keep=8).logits_BA)
+    assert torch.equal(full.logits_BA, model.answer(regions, ids, trim=Trim(regions=(8,))).logits_BA)
 
 
 def test_the_trimmer_learns_through_its_mask() -> None:
     model = dual_vlm(trim_after=0)
-    model.answer(tiny_regions(6), tiny_ids(6), num_keep=2, trim_temperature=0.5).logits_BA.square().sum().backward()
-    assert model.fusion.trimmer is not None
-    assert all(
-        p.grad is not None and p.grad.abs().sum() > 0 for p in model.fusion.trimmer.score.parameters() if p.ndim > 1
-    )
+    model.answer(
+        tiny_regions(6), tiny_ids(6), trim=Trim(regions=(2,), temperature=0.5)
+    ).logits_BA.square().sum().backward()
+    assert model.fusion.trimmers is not None
+    score = model.fusion.trimmers.regions["0"].score  # pyright: ignore
+    assert score.weight.grad is not None and score.weight.grad.abs().sum() > 0
 
 
 # --- configs -----------------------------------------------------------------------------------------------------
@@ -154,7 +156,7 @@ def test_the_trimmer_learns_through_its_mask() -> None:
 
 def test_a_single_stream_is_written_as_before() -> None:
     """No new key in manifests, so no new hash; and an old one is read."""
-    old = {"hidden": 32, "head_dim": 16, "layer_heads": [2, 2], "layer_ffn": [64, 64], "dropout": 0.0, "trim_after": None,
+    old = {"hidden": 32, "head_dim": 16, "layer_heads": [2, 2], "layer_ffn": [64, 64], "dropout": 0.0, "trim": None,
            "box_encoding": "plain", "parts": [], "edge_scale": 0.015, "box_bins": 10}  # fmt: skip
     assert FUSIONS["test-fusion"].model_dump(mode="json") == old
     assert FusionConfig.model_validate(old) == FUSIONS["test-fusion"]

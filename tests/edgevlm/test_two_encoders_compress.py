@@ -23,6 +23,7 @@ from edgevlm.models.gates import Gates, gated
 from edgevlm.models.groups import Group, groups_of
 from edgevlm.models.inspect import inspect_fusion
 from edgevlm.models.registry import FUSIONS
+from edgevlm.models.trimmer import Trim
 from edgevlm.models.vlm import VLM
 from edgevlm.recipe import PruneSection
 from edgevlm.recipes import load_recipe
@@ -66,7 +67,7 @@ def some_of(groups: list[Group], seed: int) -> Kept:
 
 def outputs(model: VLM) -> list[Tensor]:
     with torch.no_grad():
-        answer = model.answer(tiny_regions(3), tiny_ids(3), num_keep=3)
+        answer = model.answer(tiny_regions(3), tiny_ids(3), trim=Trim(regions=(3,)))
         return [answer.logits_BA, answer.fusion.regions_BND, answer.fusion.pooled_BD]
 
 
@@ -139,11 +140,12 @@ def test_macs_of_a_rung_by_formula(parts: Any) -> None:
     torch.manual_seed(0)
     fusion, regions = Fusion(config, TOKENIZER, 32), tiny_regions(1)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        fusion(regions.features_BND, regions.boxes_norm_BN4, torch.ones(1, 8), tiny_ids(1), num_keep=3)
+        fusion(regions.features_BND, regions.boxes_norm_BN4, torch.ones(1, 8), tiny_ids(1), trim=Trim(regions=(3,)))
     hidden, bottleneck = config.hidden, max(8, config.hidden // 4)
-    extras = 8 * (hidden * bottleneck + bottleneck) + hidden * bottleneck + hidden * hidden  # trimmer and pooler
+    extras = 8 * (hidden * bottleneck + bottleneck) + 3 * hidden * bottleneck  # trimmer: tokens; [CLS], image and mean
+    extras += 8 * hidden + (8 + len(parts)) * hidden + hidden * hidden  # means of the regions and of the image; pooler
     extras += 3 * 8  # looked_at: (1, 3) x (3, 8)
-    assert counter.get_total_flops() / 2 == fusion_macs(config, 12, 8, 3, 32) + extras
+    assert counter.get_total_flops() / 2 == fusion_macs(config, 12, 8, 32, Trim(regions=(3,))) + extras
 
 
 def test_heads_and_neurons_by_formula_and_inspected() -> None:

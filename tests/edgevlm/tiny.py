@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from edgevlm.artifacts import Labels, ModelConfig, PreprocessSpec, TokenizerSpec
+from edgevlm.artifacts import Labels, ModelConfig, PreprocessSpec, TokenizerSpec, TrimConfig
 from edgevlm.models.registry import FUSIONS, TEES
 from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM
@@ -17,8 +17,12 @@ LABELS = Labels(classes=("a", "b", "c"), attributes=("d", "e"), answers=("x", "y
 def tiny_vlm(seed: int = 0, trim_after: int | None = None, **fusion: object) -> VLM:
     """A seeded random `test-tee` + `test-fusion` model in evaluation mode."""
     torch.manual_seed(seed)
-    config = FUSIONS["test-fusion"].model_copy(update={"trim_after": trim_after, **fusion})
+    config = FUSIONS["test-fusion"].model_copy(update={**_trim(trim_after), **fusion})
     return VLM(ModelConfig(tee=TEES["test-tee"], fusion=config), SPEC, TOKENIZER, LABELS).eval()
+
+
+def _trim(after: int | None) -> dict[str, TrimConfig]:
+    return {} if after is None else {"trim": TrimConfig(layers=(after,))}
 
 
 def tiny_regions(batch: int, seed: int = 0) -> Regions:
@@ -38,10 +42,10 @@ def tiny_ids(batch: int, length: int = 8, seed: int = 0) -> torch.Tensor:
     return ids
 
 
-def dual_vlm(seed: int = 0, **fusion: Any) -> VLM:
+def dual_vlm(seed: int = 0, trim_after: int | None = None, **fusion: Any) -> VLM:
     """A seeded random model of two encoders in evaluation mode; biases and norms as after training."""
     torch.manual_seed(seed)
-    config = FUSIONS["test-dual"].model_copy(update=fusion)
+    config = FUSIONS["test-dual"].model_copy(update={**_trim(trim_after), **fusion})
     model = VLM(ModelConfig(tee=TEES["test-tee"], fusion=config), SPEC, TOKENIZER, LABELS)
     with torch.no_grad():
         for name, parameter in model.fusion.named_parameters():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from edgevlm import processes
 from edgevlm.artifacts import FusionConfig
-from edgevlm.models.fusion import Layer
+from edgevlm.models.attention import Layer
 from edgevlm.progress import Reporter
 from edgevlm.recipe import TrainSection
 from edgevlm.train import loop

@@ -26,10 +26,12 @@ from edgevlm.artifacts import (
     Rung,
     TEEConfig,
     TokenizerSpec,
+    TrimConfig,
 )
 from edgevlm.manifests import file_sha256, write_manifest
 from edgevlm.models.registry import FUSIONS, TEES
 from edgevlm.models.tee import Regions
+from edgevlm.models.trimmer import Trim
 from edgevlm.models.vlm import VLM
 
 WORDS = ("is", "it", "red", "green", "blue", "the", "scene", "a", "tint", "?", "what", "of", "picture", "this", "here")
@@ -83,6 +85,7 @@ def make_model(
     spec = PreprocessSpec(height=size, width=size)
     tokenizer = TokenizerSpec(vocab_sha256="", vocab_size=len(VOCAB), max_tokens=12)
     config = ModelConfig(tee=tee, fusion=fusion)
+    layers = 0 if fusion.trim is None else len(fusion.trim.layers)
     manifest = Checkpoint(
         provenance=Provenance(stage="trim", key="k0", recipe={"name": "lively"}),
         model=config,
@@ -90,7 +93,7 @@ def make_model(
         preprocess=spec,
         tokenizer=tokenizer,
         labels=LABELS,
-        rungs=tuple(Rung(name=f"b{n}", num_regions=n) for n in rungs),
+        rungs=tuple(Rung(name=f"b{n}", regions=(n,) * max(1, layers)) for n in rungs),
         metrics={"test_accuracy": 0.9},
     )
     torch.manual_seed(0)
@@ -148,6 +151,7 @@ def _teach(model: VLM, size: int, rungs: tuple[int, ...], steps: int) -> None:
     parameters = [*model.fusion.parameters(), *model.head.parameters()]
     optimiser = torch.optim.Adam(parameters, 2e-3)
     generator = torch.Generator().manual_seed(0)
+    layers = 0 if model.config.fusion.trim is None else len(model.config.fusion.trim.layers)
     for step in range(steps):
         rows = torch.randint(0, len(images), (48,), generator=generator)
         texts, answers = draw_questions(tints[rows.numpy()], 1000 + step)
@@ -158,7 +162,8 @@ def _teach(model: VLM, size: int, rungs: tuple[int, ...], steps: int) -> None:
             regions.features_BND[rows] + 0.3 * noise, regions.boxes_norm_BN4[other], regions.scores_BN[other]
         )
         input_ids = torch.from_numpy(encode_texts(texts, 12))
-        logits = model.answer(batch, input_ids, num_keep=rungs[step % len(rungs)]).logits_BA
+        numbers = (rungs[step % len(rungs)],) * layers
+        logits = model.answer(batch, input_ids, trim=Trim(regions=numbers)).logits_BA
         loss = F.cross_entropy(logits, torch.from_numpy(answers), label_smoothing=0.05)
         optimiser.zero_grad()
         loss.backward()
@@ -171,7 +176,7 @@ def _planes(images_NHWC: np.ndarray) -> torch.Tensor:
 
 def small_model() -> tuple[VLM, Checkpoint]:
     """`test-tee` and `test-fusion` at 64 px with rungs of 8, 5 and 3 regions."""
-    fusion = FUSIONS["test-fusion"].model_copy(update={"trim_after": 0})
+    fusion = FUSIONS["test-fusion"].model_copy(update={"trim": TrimConfig(layers=(0,))})
     return make_model(TEES["test-tee"], fusion, 64, (8, 5, 3))
 
 

@@ -81,7 +81,7 @@ def swap_mean_and_std(model, manifest):
 
 
 def other_rung(model, manifest: Checkpoint) -> Checkpoint:
-    rungs = tuple(Rung(name=r.name, num_regions=4 if r.name == "b5" else r.num_regions) for r in manifest.rungs)
+    rungs = tuple(Rung(name=r.name, regions=(4 if r.name == "b5" else r.regions[0],)) for r in manifest.rungs)
     return manifest.model_copy(update={"rungs": rungs})
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from edgevlm.artifacts import TrimConfig
 from edgevlm.models.registry import FUSIONS, TEES
 from targets.base import open_model
 from targets.coreml_structure import check_structure
@@ -18,7 +19,7 @@ from tests.targets.conftest import make_frames
 
 @pytest.fixture(scope="module")
 def dual() -> Source:
-    fusion = FUSIONS["test-dual"].model_copy(update={"trim_after": 0})
+    fusion = FUSIONS["test-dual"].model_copy(update={"trim": TrimConfig(layers=(0,))})
     return Source(*lively.make_model(TEES["test-tee"], fusion, 64, (8, 5, 3)))
 
 

@@ -1,7 +1,6 @@
 """`edgevlm compare prune`: ways to prune a finished run's student, at equal budgets, equal steps and several seeds."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,20 +8,28 @@ from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from edgevlm.artifacts import Checkpoint
-from edgevlm.commands import bench_folder, export_checkpoint
+from edgevlm.compare.cases import (
+    Quiet,
+    before,
+    calibration_of,
+    check_ways,
+    latencies,
+    link,
+    linked,
+    markdown,
+    print_table,
+    recipe_of,
+)
 from edgevlm.compress.cost import cost_model, fusion_macs
-from edgevlm.errors import CheckpointError, RecipeError, nearest
+from edgevlm.errors import RecipeError
 from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
 from edgevlm.models.groups import groups_of
-from edgevlm.pipeline import RUN_FILE, is_done, stage_keys
 from edgevlm.pipeline import run as run_stages
 from edgevlm.progress import Reporter
 from edgevlm.recipe import Recipe
-from edgevlm.recipes import apply_override, parse_recipe
 from edgevlm.stages import LATENCY, stages_of
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -33,7 +40,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
 }
 """Name -> what it changes in the section `prune`; `gates-alone` has no teacher (`compress/structure.py` has the others)."""
-LATENCY_RUNS = 200
 
 
 @dataclass(frozen=True)
@@ -104,26 +110,12 @@ def compare_prune(
         CheckpointError: the run has no student, or one of another recipe or version.
     """
     reporter = reporter or Reporter()
-    for way in ways:
-        if way not in WAYS:
-            raise RecipeError(f"No way to prune '{way}'", f"{nearest(way, WAYS)} Known: {', '.join(WAYS)}".strip())
+    check_ways(ways, WAYS, "prune")
     for keep in keeps:
         if not 0 < keep < 1:
             raise RecipeError(f"Cannot keep {keep:g} of a model", "Give shares between 0 and 1, for example 0.5")
-    for override in overrides:
-        if not override.startswith("prune."):
-            raise RecipeError(f"'{override}' changes more than pruning", "Override keys of the section prune only")
-    student = read_manifest(run / "distil", Checkpoint)
-    values = student.provenance.recipe
-    _check_whole(run, parse_recipe(values, f"inside {run / 'distil'}"), data_path)
-    for override in overrides:
-        apply_override(values, override)
-    recipe = parse_recipe(values, f"inside {run / 'distil'}")
-    calibration = run / "calibrate"
-    if "int8" in precisions and not calibration.is_dir():
-        raise CheckpointError(
-            f"{run} has no calibration set for int8", f"Finish it: edgevlm run {recipe.name} --out {run}"
-        )
+    recipe = recipe_of(run, "distil", "prune", overrides, data_path)
+    calibration = calibration_of(run, precisions, recipe)
     measured = [(target, precision) for target in targets for precision in precisions]
     rows = []
     for way in ways:
@@ -134,7 +126,7 @@ def compare_prune(
         _row(
             name,
             1.0,
-            [_linked(run / stage, run / "compare" / name)],
+            [linked(run / stage, run / "compare" / name)],
             recipe.prune.parts,
             measured,
             calibration,
@@ -147,70 +139,24 @@ def compare_prune(
     return comparison
 
 
-def _shared(recipe: Recipe) -> list[str]:
-    names = [stage.name for stage in stages_of(recipe)]
-    if "prune" not in names:
-        raise RecipeError(f"Recipe {recipe.name} has no stage 'prune'", "Compare a run that answers questions")
-    return [name for name in names[: names.index("prune")] if name != LATENCY.name]
-
-
-def _check_whole(run: Path, recipe: Recipe, data_path: str | None) -> None:
-    keys = stage_keys(stages_of(recipe), recipe, data_path)
-    for name in _shared(recipe):
-        if not is_done(run / name, keys[name]):
-            raise CheckpointError(
-                f"{run / name} is not what its recipe makes now",
-                f"Run it again: edgevlm run {recipe.name} --out {run} --until distil (and give --data if it has data)",
-            )
-
-
 def _prune(
     run: Path, recipe: Recipe, way: str, keep: float, seed: int, data_path: str | None, reporter: Reporter
 ) -> Path:
     """Folder of the pruned checkpoint."""
     folder = run / "compare" / f"{way}-{keep:g}-{seed}"
-    shared = {name: run / name for name in _shared(recipe)}
+    shared = {name: run / name for name in before(recipe, "prune")}
     if recipe.prune.measure == "ms":  # measured once, or the ways would be judged by different tables
         table = run / "compare" / LATENCY.name
-        _link(shared, table)
+        link(shared, table)
         settings = {"data_path": data_path, "until": LATENCY.name, "reporter": Quiet(reporter)}
         shared |= run_stages(stages_of(recipe), recipe, table, **settings)
-    _link(shared, folder)
+    link(shared, folder)
     section = recipe.prune.model_copy(update={**WAYS[way], "sparsity": 1 - keep, "seed": seed})
     changed = recipe.model_copy(update={"prune": section})
     reporter.say(f"{way}, {keep:.0%} kept, seed {seed}")
     return run_stages(
         stages_of(changed), changed, folder, data_path=data_path, until="prune", reporter=Quiet(reporter)
     )["prune"]
-
-
-def _link(stages: dict[str, Path], folder: Path) -> None:
-    """Make a run folder in which these stages are done."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RUN_FILE).touch()
-    for name, done in stages.items():
-        if not (folder / name).exists():
-            (folder / name).symlink_to(os.path.relpath(done, folder), target_is_directory=True)
-
-
-class Quiet(Reporter):
-    """Only the lines about results: a comparison has hundreds of others."""
-
-    def __init__(self, inner: Reporter) -> None:
-        self.inner = inner
-
-    def say(self, text: str) -> None:
-        if "accuracy" in text:
-            self.inner.say(text)
-
-
-def _linked(checkpoint: Path, folder: Path) -> Path:
-    """The checkpoint under a folder of its own, where what is measured of it can lie beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    link = folder / checkpoint.name
-    if not link.exists():
-        link.symlink_to(os.path.relpath(checkpoint, folder), target_is_directory=True)
-    return link
 
 
 def _row(
@@ -229,7 +175,7 @@ def _row(
     if "vision" in parts:
         macs, counted = cost_model(model, groups_of(model), "macs", num_words).whole, model
     else:
-        macs = fusion_macs(first.model.fusion, num_words, num_regions, num_regions, model.tee.region_dim)
+        macs = fusion_macs(first.model.fusion, num_words, num_regions, model.tee.region_dim)
         counted = model.fusion
     return Row(
         way=way,
@@ -239,27 +185,15 @@ def _row(
         parameters=sum(p.numel() for p in counted.parameters()),
         mmacs=macs / 1e6,
         ms={
-            f"{target} {precision}": _latency(cases[0], target, precision, "vision" in parts, calibration, reporter)
+            f"{target} {precision}": _whole(latencies(cases[0], target, precision, calibration, reporter), parts)
             for target, precision in measured
         },
     )
 
 
-def _latency(
-    checkpoint: Path, target: str, precision: str, with_image: bool, calibration: Path, reporter: Reporter
-) -> float:
-    """p50 of one untrimmed question, with its image or without, one thread."""
-    name = f"{target}-{precision}"
-    bundle, latency = checkpoint.parent / f"bundle-{name}", checkpoint.parent / f"latency-{name}.json"
-    if not latency.is_file():
-        calibrated = calibration if precision == "int8" else None
-        export_checkpoint(checkpoint, bundle, calibrated, [target], [precision], True, Quiet(reporter))
-        report = bench_folder(bundle, None, checkpoint.parent / f"bench-{name}", 1, LATENCY_RUNS, True, Quiet(reporter))
-        row = report.rows[0]
-        if row.p50_ms is None:
-            raise CheckpointError(f"{target} could not be measured ({row.reason})", "Leave it out of --target")
-        latency.write_text(json.dumps({"answer_ms": row.answer_p50_ms, "image_and_answer_ms": row.p50_ms}))
-    return json.loads(latency.read_text())["image_and_answer_ms" if with_image else "answer_ms"]
+def _whole(found: dict[str, dict[str, float]], parts: Sequence[str]) -> float:
+    """Of the untrimmed rung: a question, with its image where the extractor was pruned."""
+    return next(iter(found.values()))["image_and_answer_ms" if "vision" in parts else "answer_ms"]
 
 
 def _write(comparison: Comparison, folder: Path) -> None:
@@ -286,25 +220,13 @@ def as_markdown(comparison: Comparison) -> str:
     """The table, as docs/pruning.md shows it."""
     titles, lines = cells(comparison)
     seeds = len(comparison.rows[0].accuracies)
-    text = [
-        f"`{comparison.recipe}`, {' and '.join(comparison.parts)} pruned; accuracy on test, mean ± standard deviation of {seeds} seeds.",
-        "",
-        "| " + " | ".join(titles) + " |",
-        "|---" + "|--:" * (len(titles) - 1) + "|",
-        *("| " + " | ".join(line) + " |" for line in lines),
-    ]
-    return "\n".join(text) + "\n"
+    intro = f"`{comparison.recipe}`, {' and '.join(comparison.parts)} pruned; accuracy on test, mean ± standard deviation of {seeds} seeds."
+    return markdown(intro, titles, lines)
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """The same on a terminal."""
-    titles, lines = cells(comparison)
-    table = Table(box=None)
-    for number, title in enumerate(titles):
-        table.add_column(title, justify="left" if number == 0 else "right")
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
+    print_table(*cells(comparison), console)
 
 
 def plot(comparison: Comparison, path: Path) -> None:

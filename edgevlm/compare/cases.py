@@ -1,0 +1,150 @@
+"""What comparisons share: cases as runs that share finished stages, latencies that are measured once, tables."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from edgevlm.artifacts import Checkpoint
+from edgevlm.commands import bench_folder, export_checkpoint
+from edgevlm.errors import CheckpointError, RecipeError, nearest
+from edgevlm.manifests import read_manifest
+from edgevlm.pipeline import RUN_FILE, is_done, stage_keys
+from edgevlm.progress import Reporter
+from edgevlm.recipe import Recipe
+from edgevlm.recipes import apply_override, parse_recipe
+from edgevlm.stages import LATENCY, stages_of
+
+LATENCY_RUNS = 200
+
+
+class Quiet(Reporter):
+    """Only the lines about results: a comparison has hundreds of others."""
+
+    def __init__(self, inner: Reporter) -> None:
+        self.inner = inner
+
+    def say(self, text: str) -> None:
+        if "accuracy" in text:
+            self.inner.say(text)
+
+
+def check_ways(ways: Sequence[str], known: Mapping[str, object], what: str) -> None:
+    """Raise RecipeError for a way that nobody knows."""
+    for way in ways:
+        if way not in known:
+            raise RecipeError(f"No way to {what} '{way}'", f"{nearest(way, known)} Known: {', '.join(known)}".strip())
+
+
+def recipe_of(run: Path, stage: str, section: str, overrides: Sequence[str], data_path: str | None) -> Recipe:
+    """The recipe of a finished run with overrides of one section.
+
+    Args:
+        run: its folder; `stage` and all before it are done.
+        stage: the last that the cases share.
+        section: the only one that may be overridden.
+        overrides: `section.key=value`.
+        data_path: as in `edgevlm run`.
+
+    Raises:
+        RecipeError: an override of another section.
+        CheckpointError: the stage is missing, or one of another recipe or version.
+    """
+    for override in overrides:
+        if not override.startswith(f"{section}."):
+            raise RecipeError(
+                f"'{override}' changes more than {section}", f"Override keys of the section {section} only"
+            )
+    values = read_manifest(run / stage, Checkpoint).provenance.recipe
+    recipe = parse_recipe(values, f"inside {run / stage}")
+    keys = stage_keys(stages_of(recipe), recipe, data_path)
+    for name in before(recipe, section):
+        if not is_done(run / name, keys[name]):
+            raise CheckpointError(
+                f"{run / name} is not what its recipe makes now",
+                f"Run it again: edgevlm run {recipe.name} --out {run} --until {stage} (and give --data if it has data)",
+            )
+    for override in overrides:
+        apply_override(values, override)
+    return parse_recipe(values, f"inside {run / stage}")
+
+
+def before(recipe: Recipe, stage: str) -> list[str]:
+    """Stages before one of a recipe, which all cases share; each case measures its own times."""
+    names = [found.name for found in stages_of(recipe)]
+    if stage not in names:
+        raise RecipeError(f"Recipe {recipe.name} has no stage '{stage}'", "Compare a run that answers questions")
+    return [name for name in names[: names.index(stage)] if name != LATENCY.name or stage != "prune"]
+
+
+def link(stages: Mapping[str, Path], folder: Path) -> None:
+    """Make a run folder in which these stages are done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN_FILE).touch()
+    for name, done in stages.items():
+        linked(done, folder, name)
+
+
+def linked(checkpoint: Path, folder: Path, name: str | None = None) -> Path:
+    """The checkpoint under a folder of its own, where what is measured of it can lie beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / (name or checkpoint.name)
+    if not place.exists():
+        place.symlink_to(os.path.relpath(checkpoint, folder), target_is_directory=True)
+    return place
+
+
+def calibration_of(run: Path, precisions: Sequence[str], recipe: Recipe) -> Path:
+    """The run's calibration set.
+
+    Raises:
+        CheckpointError: int8 needs one, and there is none.
+    """
+    calibration = run / "calibrate"
+    if "int8" in precisions and not calibration.is_dir():
+        raise CheckpointError(
+            f"{run} has no calibration set for int8", f"Finish it: edgevlm run {recipe.name} --out {run}"
+        )
+    return calibration
+
+
+def latencies(
+    checkpoint: Path, target: str, precision: str, calibration: Path, reporter: Reporter
+) -> dict[str, dict[str, float]]:
+    """Rung -> p50 of one question (`answer_ms`), and of its image with it (`image_and_answer_ms`), one thread; measured once.
+
+    Raises:
+        CheckpointError: the target cannot be measured here.
+    """
+    name = f"{target}-{precision}"
+    bundle, latency = checkpoint.parent / f"bundle-{name}", checkpoint.parent / f"latency-{name}.json"
+    if not latency.is_file():
+        calibrated = calibration if precision == "int8" else None
+        export_checkpoint(checkpoint, bundle, calibrated, [target], [precision], True, Quiet(reporter))
+        report = bench_folder(bundle, None, checkpoint.parent / f"bench-{name}", 1, LATENCY_RUNS, True, Quiet(reporter))
+        found = {}
+        for row in report.rows:
+            if row.p50_ms is None:
+                raise CheckpointError(f"{target} could not be measured ({row.reason})", "Leave it out of --target")
+            found[row.rung] = {"answer_ms": row.answer_p50_ms, "image_and_answer_ms": row.p50_ms}
+        latency.write_text(json.dumps(found, indent=1) + "\n")
+    return json.loads(latency.read_text())
+
+
+def markdown(intro: str, titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table as the docs show it: the first column is text, the others are numbers."""
+    text = [intro, "", "| " + " | ".join(titles) + " |", "|---" + "|--:" * (len(titles) - 1) + "|"]
+    return "\n".join([*text, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
+
+
+def print_table(titles: Sequence[str], lines: Sequence[Sequence[str]], console: Console) -> None:
+    """The same on a terminal."""
+    table = Table(box=None)
+    for number, title in enumerate(titles):
+        table.add_column(title, justify="left" if number == 0 else "right")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
