@@ -152,6 +152,13 @@ def predict(model: VLM, split: RegionSplit, num_keep: int | None = None, batch_s
     return torch.cat(predicted).numpy()
 
 
+def question_scores(predicted: np.ndarray, split: RegionSplit) -> np.ndarray:
+    """Score of every answer, (Q,) 0..1: the official accuracy where several annotators answered (`tasks/vqa.py`)."""
+    if split.answer_ids is not None and split.official is not None:
+        return vqa.official_scores(predicted, split.answer_ids.numpy(), split.official.numpy())
+    return (predicted == split.answers.numpy()).astype(np.float64)
+
+
 def evaluate(model: VLM, job: Job, num_keep: int | None = None, cache: Path | None = None) -> dict[str, float]:
     """Accuracy on each evaluation split, the majority answer's, and per kind on the test split.
 
@@ -165,12 +172,10 @@ def evaluate(model: VLM, job: Job, num_keep: int | None = None, cache: Path | No
             continue
         split = RegionSplit.load(cache, name)
         predicted, truth = predict(model, split, num_keep), split.answers.numpy()
+        scores = question_scores(predicted, split)
         if split.answer_ids is not None and split.official is not None:
-            ids_QK, official_QK = split.answer_ids.numpy(), split.official.numpy()
-            scores = vqa.official_scores(predicted, ids_QK, official_QK)
-            metrics[f"majority_{name}"] = vqa.best_constant(ids_QK, official_QK)
+            metrics[f"majority_{name}"] = vqa.best_constant(split.answer_ids.numpy(), split.official.numpy())
         else:
-            scores = predicted == truth
             metrics[f"majority_{name}"] = task.majority(truth)
         metrics[f"accuracy_{name}"] = float(scores.mean())
         if name == "test":
