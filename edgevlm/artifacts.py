@@ -4,7 +4,15 @@ import hashlib
 import json
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StrictBool,
+    model_serializer,
+    model_validator,
+)
 
 WEIGHTS = "model.safetensors"
 """Weights of a checkpoint."""
@@ -446,7 +454,7 @@ class GovernorEvidence(Frozen):
     p_value: float
     """Of 'the loss exceeds epsilon' at these thresholds; 1 where nothing was tested."""
     tested: int
-    """Thresholds on the path that were tested until the first was not certified."""
+    """Thresholds on the path that were tested, the first that failed among them; 0 where there was nothing to test with."""
     accuracy: float
     """Mean score of the governed answers on the held-out questions, 0..1."""
     accuracy_full: float
@@ -473,7 +481,7 @@ class Governor(Frozen):
     """Accuracy that may be lost against the full rung, 0..1 ..."""
     delta: float = Field(gt=0, lt=1)
     """... except with this probability, over the draw of the held-out units."""
-    certified: bool
+    certified: StrictBool
     """Whether the thresholds hold that promise; false = nothing could be certified, and every question goes to the full rung."""
     evidence: GovernorEvidence | None = None
 

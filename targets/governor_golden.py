@@ -194,32 +194,35 @@ def latency_cases() -> Iterator[dict[str, Any]]:
         "slower twice: the second pause is longer": ([slow] * 5 + [cool] * 12) * 2 + [cool] * 12,
         "a calm device forgets": [slow] * 5 + [cool] * 40 + [slow] * 5 + [cool] * 12,
         "hardly slower: up only with room to spare": [(9.0, 1.2)] * 6 + [(9.0, 1.1)] * 16 + [(9.0, 1.0)] * 6,
-        "a shorter target is no reason to pause": [cool, (3.0, 1.0), cool, cool],
+        "a shorter target is no reason to pause": [cool, (3.0, 1.0)] * 4 + [slow] * 5 + [cool] * 14,
         "more time ends a pause": [slow] * 5 + [(40.0, 2.0), cool],
-        "a pause does not hold a long question back": [(5.0, 1.0)] * 2 + [(5.0, 2.0)] * 4 + [(5.0, 1.0, 9)] * 4,
+        "a pause does not hold a long question back": [cool] * 2 + [(10.0, 3.0)] * 4 + [(10.0, 1.0, 9)] * 6,
         "faster than its table": [(5.0, 0.5)] * 8,
     }.items():
         yield _latency_case(name, answers)
     broken = [{"observe": {"rung": "full", "ms": ms}} for ms in ("NaN", "Infinity", 0.0, -1.0)]
     yield _latency_case("times that are none are ignored", [cool], events=[*broken, _choose(10.0, 5)])
-    policy = LatencyPolicy(window=4, hysteresis=1.0, patience=0, back_off=3.0, max_patience=2)
-    yield _latency_case("another policy", ([slow] * 4 + [cool] * 6) * 2, policy=policy)
+    yield _latency_case("the full rung alone is slow: tried ever more rarely", [slow] * 80, slow_rungs=("full",))
+    policy = LatencyPolicy(window=4, hysteresis=1.0, patience=6, back_off=2.5, max_patience=14)
+    yield _latency_case("another policy", [slow] * 60, policy=policy, slow_rungs=("full",))
 
 
 def _latency_case(
     name: str,
     answers: Sequence[tuple[float, float] | tuple[float, float, int]],
     policy: LatencyPolicy | None = None,
+    slow_rungs: Sequence[str] = tuple(TIMES_MS),
     events: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Questions in turn, each (target in ms, how much slower the device is, tokens), then further `events`."""
+    """Questions in turn, each (target in ms, how much slower `slow_rungs` are, tokens), then further `events`."""
     rungs = [{"name": rung, "num_words": WORDS[rung], "ms": ms} for rung, ms in TIMES_MS.items()]
     case: dict[str, Any] = {"id": f"latency: {name}", "kind": "latency", "rungs": rungs}
     case |= {"policy": (policy or LatencyPolicy()).model_dump(), "events": []}
     for target_ms, slower, *tokens in answers:
         case["events"].append(_choose(target_ms, int(tokens[0]) if tokens else 5))
         rung = play_latency(case)[-1]["rung"]
-        case["events"].append({"observe": {"rung": rung, "ms": TIMES_MS[rung] * slower}})
+        took_ms = TIMES_MS[rung] * (slower if rung in slow_rungs else 1.0)
+        case["events"].append({"observe": {"rung": rung, "ms": took_ms}})
     case["events"] += events
     return {**case, "expected": play_latency(case)}
 
