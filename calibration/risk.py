@@ -81,19 +81,22 @@ class Answers:
 
 
 class Outcome(NamedTuple):
-    """What becomes of every question under some thresholds, (Q,) each."""
+    """What becomes of every question under some thresholds."""
 
     scores_Q: np.ndarray
-    gmacs_Q: np.ndarray
-    """Of all rungs that were started."""
     rung_Q: np.ndarray
     """Which rung's answer is given."""
+    started_RQ: np.ndarray
+    """bool: the rungs that were started on the way."""
+    gmacs_Q: np.ndarray
+    """Of all of them."""
 
 
 def govern(answers: Answers, thresholds: Thresholds) -> Outcome:
     """Answer every question as the run-time governor does (`targets/governor.py`)."""
     last, num_questions = len(thresholds) - 1, len(answers.units_Q)
-    scores_Q, gmacs_Q, rung_Q = np.zeros(num_questions), np.zeros(num_questions), np.full(num_questions, last)
+    scores_Q, rung_Q = np.zeros(num_questions), np.full(num_questions, last)
+    started_RQ = np.zeros((last + 1, num_questions), bool)
     waiting_Q, broken_Q = np.ones(num_questions, bool), np.zeros(num_questions, bool)
     for rung, threshold in enumerate(thresholds):
         if threshold is None:
@@ -101,10 +104,10 @@ def govern(answers: Answers, thresholds: Thresholds) -> Outcome:
         starts_Q = waiting_Q if rung == last else waiting_Q & answers.reads_RQ[rung] & ~broken_Q
         broken_Q = broken_Q | (starts_Q & np.isnan(answers.margins_RQ[rung]))
         ends_Q = starts_Q if rung == last else starts_Q & (answers.margins_RQ[rung] >= threshold)
-        gmacs_Q = gmacs_Q + answers.gmacs_R[rung] * starts_Q
+        started_RQ[rung] = starts_Q
         scores_Q, rung_Q = np.where(ends_Q, answers.scores_RQ[rung], scores_Q), np.where(ends_Q, rung, rung_Q)
         waiting_Q = waiting_Q & ~ends_Q
-    return Outcome(scores_Q, gmacs_Q, rung_Q)
+    return Outcome(scores_Q, rung_Q, started_RQ, answers.gmacs_R @ started_RQ)
 
 
 def unit_means(values_Q: np.ndarray, units_Q: np.ndarray) -> np.ndarray:
@@ -153,11 +156,13 @@ class Path(NamedTuple):
 
 def measure(answers: Answers, thresholds: tuple[Thresholds, ...]) -> Path:
     """Mean loss of every unit, and the mean cost, under each of the thresholds."""
-    full_Q = answers.scores_RQ[-1]
-    outcomes = [govern(answers, one) for one in thresholds]
-    losses_JU = np.stack([unit_means(full_Q - outcome.scores_Q, answers.units_Q) for outcome in outcomes])
-    gmacs_J = np.array([unit_means(outcome.gmacs_Q, answers.units_Q).mean() for outcome in outcomes])
-    return Path(thresholds, losses_JU, gmacs_J)
+    _, unit_Q, counts_U = np.unique(answers.units_Q, return_inverse=True, return_counts=True)
+    losses, gmacs = [], []
+    for one in thresholds:
+        outcome = govern(answers, one)
+        losses.append(np.bincount(unit_Q, answers.scores_RQ[-1] - outcome.scores_Q) / counts_U)
+        gmacs.append((np.bincount(unit_Q, outcome.gmacs_Q) / counts_U).mean())
+    return Path(thresholds, np.stack(losses), np.array(gmacs))
 
 
 def paths(answers: Answers) -> list[tuple[Thresholds, ...]]:
