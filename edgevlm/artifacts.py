@@ -4,7 +4,15 @@ import hashlib
 import json
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StrictBool,
+    model_serializer,
+    model_validator,
+)
 
 WEIGHTS = "model.safetensors"
 """Weights of a checkpoint."""
@@ -416,6 +424,114 @@ class CalibrationSet(Artifact):
     """Share of answers, classes and text lengths of the split that the set contains, 0..1."""
 
 
+class GovernorRung(Frozen):
+    """A rung as the governor sees it."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    name: str
+    """Of the answer program: `answer_<name>`."""
+    num_words: int | None = Field(default=None, ge=1)
+    """Longest question that it reads, in tokens that are not padding, [CLS] and [SEP] among them; null = any."""
+    threshold: float | None = Field(default=None, ge=0, le=1)
+    """Smallest margin at which its answer is given; null = the margin governor never starts it."""
+    gmacs: float = Field(default=0.0, ge=0)
+    """Multiply-adds of its answer program, in 1e9: the cost that the thresholds were chosen for."""
+
+
+class MarginDefinition(Frozen):
+    """How sure an answer is: p1 - p2 of softmax(logits / temperature) in float64, p1 and p2 its two largest values."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    kind: Literal["top2_softmax"] = "top2_softmax"
+    temperature: float = Field(default=1.0, gt=0)
+
+
+class LatencyPolicy(Frozen):
+    """How the latency governor learns that the device became slower, backs off and recovers (docs/governor.md)."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    window: int = Field(default=5, ge=1)
+    """Answers whose observed / tabled time make the scale, which is their median; at first all of them count as 1."""
+    hysteresis: float = Field(default=1.1, ge=1)
+    """A larger rung than the present one must fit with its time multiplied by this."""
+    patience: int = Field(default=8, ge=0)
+    """Choices after a back-off before a larger rung is tried again."""
+    back_off: float = Field(default=2.0, ge=1)
+    """Factor on the patience at each back-off that follows before the device was calm for as long as the patience."""
+    max_patience: int = Field(default=256, ge=0)
+
+
+class GovernorEvidence(Frozen):
+    """What the thresholds were certified on. Losses are score(full) - score(governed), so that below 0 is a gain."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    unit: Literal["image", "text"] = "image"
+    """What is drawn independently: its mean loss is one observation."""
+    num_units: int
+    """Held out to test thresholds on; the smallest number that can certify anything is `least_units`."""
+    num_questions: int
+    least_units: int
+    num_tuning_units: int
+    """Others, which the path through the thresholds was chosen on."""
+    loss: float
+    """Mean over the held-out units."""
+    loss_questions: float
+    """Mean over the held-out questions."""
+    p_value: float
+    """Of 'the loss exceeds epsilon' at these thresholds; 1 where nothing was tested."""
+    tested: int
+    """Thresholds on the path that were tested, the first that failed among them; 0 where there was nothing to test with."""
+    accuracy: float
+    """Mean score of the governed answers on the held-out questions, 0..1."""
+    accuracy_full: float
+    gmacs: float
+    """Mean multiply-adds of all answer programs that a held-out question starts."""
+    gmacs_full: float
+    answered_by: dict[str, float]
+    """Rung -> share of the held-out questions that it answers, 0..1."""
+
+
+class Governor(Frozen):
+    """`governor.json`: how a rung is chosen at run time; docs/governor.md says how to read it."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    schema_version: Literal[1] = 1
+    model_hash: str
+    """Of the model that it was calibrated on: equals `model_hash` in the bundle's manifest.json, whatever the target."""
+    rungs: tuple[GovernorRung, ...] = Field(min_length=1)
+    """Cheapest first; the last is the full rung, which reads every question and whose threshold is 0."""
+    margin: MarginDefinition = MarginDefinition()
+    latency: LatencyPolicy = LatencyPolicy()
+    epsilon: float = Field(gt=0, lt=1)
+    """Accuracy that may be lost against the full rung, 0..1 ..."""
+    delta: float = Field(gt=0, lt=1)
+    """... except with this probability, over the draw of the held-out units."""
+    certified: StrictBool
+    """Whether the thresholds hold that promise; false = nothing could be certified, and every question goes to the full rung."""
+    evidence: GovernorEvidence | None = None
+
+    @model_validator(mode="after")
+    def _full_is_last(self) -> Self:
+        names = [rung.name for rung in self.rungs]
+        if len(set(names)) < len(names):
+            raise ValueError("two rungs have the same name")
+        if self.rungs[-1].threshold != 0 or self.rungs[-1].num_words is not None:
+            raise ValueError("the last rung must read every question (num_words: null) and have the threshold 0")
+        return self
+
+
+class GovernorCalibration(Artifact):
+    """Stage `govern`: the governor of a checkpoint; `export` writes it into the bundle."""
+
+    kind: Literal["governor"] = "governor"
+    governor: Governor
+
+
 def answer_name(rung: str) -> str:
     """Name of the answer program of a rung."""
     return f"answer_{rung}"
@@ -460,6 +576,18 @@ class Bundle(Artifact):
     models: tuple[ExportedModel, ...]
     failures: tuple[ExportFailure, ...] = ()
     metrics: dict[str, float] = {}
+    model_hash: str = ""
+    """Of the checkpoint that every target was exported from (`model_hash`); a governor must carry the same."""
+
+
+def model_hash(checkpoint: Checkpoint) -> str:
+    """Hash of what a model answers, and at which rungs: weights, shape, specs, labels and ladder.
+
+    Raises:
+        KeyError: the manifest lists no weights (it was never written).
+    """
+    values = checkpoint.model_dump(mode="json", include={"model", "preprocess", "tokenizer", "labels", "rungs"})
+    return digest({**values, "weights": checkpoint.files[WEIGHTS]})
 
 
 Evidence = Literal["device", "runtime", "emulated", "reference evaluator", "none"]
@@ -614,6 +742,7 @@ KINDS: dict[str, type[Artifact]] = {
     "checkpoint": Checkpoint,
     "regions": RegionCache,
     "calibration": CalibrationSet,
+    "governor": GovernorCalibration,
     "bundle": Bundle,
     "parity": ParityReport,
     "latency": DeviceReport,

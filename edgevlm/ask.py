@@ -1,18 +1,23 @@
 """Answer a question about an image from an exported file, and draw the regions the model looked at."""
 
+import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from edgevlm.artifacts import ENCODE, VOCABULARY, Bundle, ExportedModel, answer_name
+from edgevlm.artifacts import ENCODE, VOCABULARY, Bundle, DeviceReport, ExportedModel, answer_name
+from edgevlm.bench.facts import device_facts
 from edgevlm.data.preprocess import load_image, preprocess, unscale_boxes
 from edgevlm.data.text import Tokenizer
-from edgevlm.errors import TargetError, nearest
+from edgevlm.errors import CheckpointError, LatencyError, TargetError, nearest
 from edgevlm.manifests import read_manifest
 from targets.base import open_model, runtime_status
+from targets.governor import Governed, LatencyGovernor, Pass, governed_answer, read_governor, rung_times, timed_answer
 from targets.quiet import quiet
+from targets.runtime import Arrays, Session
 
 PREFERENCE = ("tflite", "onnx", "openvino", "coreml")
 """Order in which a runtime is chosen when the user names none; int8 before fp32."""
@@ -42,6 +47,11 @@ class Reply:
     target: str
     precision: str
     rung: str
+    encode_ms: float
+    passes: tuple[Pass, ...] = ()
+    """Answer programs that the governor started, in turn; empty where none was asked for."""
+    fits: bool = True
+    """False: no rung fits the time that was asked for."""
 
 
 def ask(
@@ -52,24 +62,58 @@ def ask(
     target: str | None = None,
     precision: str | None = None,
     rung: str | None = None,
+    adaptive: bool = False,
+    max_ms: float | None = None,
+    latency: Path | None = None,
     threads: int = 2,
 ) -> Reply:
     """Run one image and one question through an exported model.
 
+    Args:
+        folder, image, question: the bundle, and what is asked of it.
+        target, precision: which file; None = the first that can run here.
+        rung: token budget; None = the full one, or the governor's choice.
+        adaptive: start low and climb while the answer is not sure enough.
+        max_ms: image and question are to take so long: the largest rung that fits answers, or `adaptive` stops climbing.
+        latency: the report of `edgevlm bench` that says how long rungs take here; needed for `max_ms`.
+        threads: of the runtime; with `latency`, those it was measured with.
+
     Raises:
-        BundleError, ImageError, TextError, TargetError: with what to do about it.
+        BundleError, ImageError, TextError, TargetError, GovernorError, LatencyError: with what to do about it.
     """
+    if rung is not None and (adaptive or max_ms is not None):
+        raise TargetError(
+            "--rung names the rung, and the governor chooses it", "Drop --rung, or --adaptive and --max-ms"
+        )
     pixels_from = load_image(image)
     manifest = read_manifest(folder, Bundle)
-    ids = Tokenizer(folder / VOCABULARY, manifest.tokenizer).encode(question)
+    ids = Tokenizer(folder / VOCABULARY, manifest.tokenizer).encode(question).astype(np.int32)
     rung = _choose_rung(manifest, rung)
     model = _choose_model(manifest, target, precision)
+    governor = read_governor(folder, manifest) if adaptive or max_ms is not None else None
+    timer = None
+    if governor is not None and max_ms is not None:
+        report = _latency_report(latency, folder)
+        threads = report.device.threads
+        here = device_facts(threads)
+        timer = LatencyGovernor(governor, rung_times(report, manifest, model, here, bundle_dir=folder))
     session = open_model(model, folder, threads=threads)
-    pixels = preprocess(pixels_from, manifest.preprocess)
+    image_input = {"image": preprocess(pixels_from, manifest.preprocess)[None]}
     with quiet():  # runtimes announce themselves at the first run
-        encoded = session.run(ENCODE, {"image": pixels[None]})
-        output = session.run(answer_name(rung), {**encoded, "input_ids": ids[None].astype(np.int32)})
+        if timer is not None:
+            _warm_up(session, manifest, image_input, ids)
+        start = time.perf_counter_ns()
+        encoded = session.run(ENCODE, image_input)
+        encode_ms = (time.perf_counter_ns() - start) / 1e6
+        left_ms = math.inf if max_ms is None else max_ms - encode_ms
+        if governor is None:
+            answered = Governed(session.run(answer_name(rung), {**encoded, "input_ids": ids[None]}), ())
+        elif timer is None or adaptive:
+            answered = governed_answer(session, manifest, governor, encoded, ids, latency=timer, max_ms=left_ms)
+        else:
+            answered = timed_answer(session, manifest, timer, left_ms, encoded, ids)
         session.close()
+    output = answered.output
     logits = output["logits"][0].astype(np.float64)
     probabilities = np.exp(logits - logits.max())
     probabilities /= probabilities.sum()
@@ -82,8 +126,31 @@ def ask(
         regions=_regions(encoded, output["looked_at"][0], manifest, pixels_from.size),
         target=model.target,
         precision=model.precision,
-        rung=rung,
+        rung=answered.passes[-1].rung if answered.passes else rung,
+        encode_ms=encode_ms,
+        passes=answered.passes,
+        fits=answered.fits,
     )
+
+
+REASONS = {
+    "confident": "sure enough",
+    "last": "no larger rung",
+    "climb": "not sure enough",
+    "not a number": "its logits are not numbers",
+    "no time": "no time for a larger rung",
+    None: "chosen by its time",
+}
+"""Why of a pass -> in words."""
+
+
+def course(reply: Reply) -> list[str]:
+    """Which rungs the governor started and why, a line each; nothing where it was not asked."""
+    lines = [] if reply.fits else ["no rung fits the time: the fastest was taken"]
+    for step in reply.passes:
+        margin = "" if step.margin is None else f" (margin {step.margin:.3f})"
+        lines.append(f"rung {step.rung}: {step.ms:.2f} ms, {REASONS[step.why]}{margin}")
+    return [f"image: {reply.encode_ms:.2f} ms", *lines] if lines else []
 
 
 def draw(image: Path, reply: Reply, out: Path) -> None:
@@ -137,6 +204,23 @@ def _choose_rung(manifest: Bundle, rung: str | None) -> str:
     if rung not in names:
         raise TargetError(f"This bundle has no rung '{rung}'", f"{nearest(rung, names)} It has: {', '.join(names)}")
     return rung
+
+
+def _latency_report(latency: Path | None, folder: Path) -> DeviceReport:
+    fix = f"Measure one: edgevlm bench {folder} --out latency, and pass --latency latency"
+    if latency is None:
+        raise LatencyError("--max-ms needs to know how long the rungs take on this device", fix)
+    try:
+        return read_manifest(latency, DeviceReport)
+    except CheckpointError as problem:
+        raise LatencyError(f"{latency} holds no latency report ({problem.what})", fix) from problem
+
+
+def _warm_up(session: Session, manifest: Bundle, image_input: Arrays, ids: np.ndarray) -> None:
+    """Run every program once: a latency table holds times of a session that has run before."""
+    regions = session.run(ENCODE, image_input)
+    for rung in manifest.rungs:
+        session.run(answer_name(rung.name), {**regions, "input_ids": ids[None]})
 
 
 def _choose_model(manifest: Bundle, target: str | None, precision: str | None) -> ExportedModel:

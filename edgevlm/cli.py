@@ -142,6 +142,7 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a trained checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder of the new bundle.")],
     calibration: Annotated[Path | None, typer.Option(help="Frozen calibration set; needed for int8.")] = None,
+    governor: Annotated[Path | None, typer.Option(help="Folder of the stage govern; default: no governor.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="Repeat for several; default: all of the recipe.")] = None,
     precision: Annotated[list[str] | None, typer.Option(help="Repeat for several; default: all of the recipe.")] = None,
     overwrite: Overwrite = False,
@@ -150,7 +151,7 @@ def export(
     from edgevlm.commands import export_checkpoint
     from edgevlm.progress import ConsoleReporter
 
-    export_checkpoint(checkpoint, out, calibration, target, precision, overwrite, ConsoleReporter())
+    export_checkpoint(checkpoint, out, calibration, target, precision, overwrite, ConsoleReporter(), governor)
     console.print(f"Next: edgevlm verify {out} --checkpoint {checkpoint}")
 
 
@@ -210,6 +211,11 @@ def ask(
     target: Annotated[str | None, typer.Option(help="Runtime to use; default: the first that is installed.")] = None,
     precision: Annotated[str | None, typer.Option()] = None,
     rung: Annotated[str | None, typer.Option(help="Token budget; default: the full one.")] = None,
+    adaptive: Annotated[bool, typer.Option("--adaptive", help="Start low, climb while the answer is unsure.")] = False,
+    max_ms: Annotated[
+        float | None, typer.Option(help="The largest rung that answers in time; needs --latency.")
+    ] = None,
+    latency: Annotated[Path | None, typer.Option(help="Of --max-ms: what `edgevlm bench` measured here.")] = None,
     draw: Annotated[Path | None, typer.Option(help="Write a PNG with the regions it looked at.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -217,9 +223,20 @@ def ask(
     from dataclasses import asdict
 
     from edgevlm.ask import ask as ask_bundle
+    from edgevlm.ask import course
     from edgevlm.ask import draw as draw_reply
 
-    reply = ask_bundle(bundle, image, question, target=target, precision=precision, rung=rung)
+    reply = ask_bundle(
+        bundle,
+        image,
+        question,
+        target=target,
+        precision=precision,
+        rung=rung,
+        adaptive=adaptive,
+        max_ms=max_ms,
+        latency=latency,
+    )
     if draw is not None:
         draw_reply(image, reply, draw)
     if as_json:
@@ -228,6 +245,8 @@ def ask(
     console.print(f"[bold]{reply.answer}[/]  ({reply.probability:.0%})")
     others = ", ".join(f"{answer} {probability:.0%}" for answer, probability in reply.runners_up)
     console.print(f"[dim]then {others}; {reply.target} {reply.precision}, rung {reply.rung}[/]")
+    for line in course(reply):
+        console.print(f"[dim]{line}[/]")
     if draw is not None:
         console.print(f"[dim]{len(reply.regions)} regions drawn into {draw}[/]")
 

@@ -5,7 +5,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from edgevlm import __version__
-from edgevlm.artifacts import Artifact, Bundle, Checkpoint, DeviceReport, ParityReport, Provenance, digest
+from edgevlm.artifacts import (
+    Artifact,
+    Bundle,
+    Checkpoint,
+    DeviceReport,
+    GovernorCalibration,
+    ParityReport,
+    Provenance,
+    digest,
+)
 from edgevlm.bench.local import bench_bundle
 from edgevlm.errors import BundleError
 from edgevlm.job import Job
@@ -31,12 +40,14 @@ def export_checkpoint(
     precisions: Sequence[str] | None,
     overwrite: bool,
     reporter: Reporter,
+    governor: Path | None = None,
 ) -> Bundle:
     """`edgevlm export`: a bundle from any checkpoint, written whole or not at all."""
     from targets.bundle import export_bundle
 
     manifest = read_manifest(checkpoint, Checkpoint)
     recipe = parse_recipe(manifest.provenance.recipe, f"inside {checkpoint}")
+    calibrated = governor and read_manifest(governor, GovernorCalibration)
     with whole_folder(out, overwrite=overwrite) as partial:
         return export_bundle(
             checkpoint,
@@ -46,6 +57,7 @@ def export_checkpoint(
             precisions=tuple(precisions or recipe.export.precisions),
             num_golden=recipe.export.num_golden,
             provenance=_provenance("export", {"checkpoint": manifest}, manifest.provenance.recipe),
+            governor=calibrated and calibrated.governor,
             reporter=reporter,
         )
 

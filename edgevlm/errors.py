@@ -55,6 +55,14 @@ class CalibrationError(EdgeVLMError):
     """A calibration set is too small, stale or was preprocessed differently."""
 
 
+class GovernorError(EdgeVLMError):
+    """A governor is missing, malformed, or was calibrated for another model."""
+
+
+class LatencyError(EdgeVLMError):
+    """A latency table is missing, lacks times, or was measured on another device or bundle."""
+
+
 class OutputInUse(EdgeVLMError):
     """The output exists already, or another process is writing to it."""
 

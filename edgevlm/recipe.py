@@ -416,6 +416,11 @@ class TrimSection(TrainSection):
             else rungs
         )
 
+    @property
+    def num_rungs(self) -> int:
+        """How many there are, or are wanted."""
+        return self.rungs if isinstance(self.rungs, int) else len(self.rungs)
+
     @model_validator(mode="after")
     def _ladder(self) -> "TrimSection":
         if isinstance(self.rungs, int):
@@ -485,6 +490,21 @@ class CalibrationSection(Section):
     """Fewer is refused."""
 
 
+class GovernSection(Section):
+    """How far a governor may trust small rungs (docs/governor.md)."""
+
+    epsilon: float = Field(0.01, gt=0, lt=1)
+    """Accuracy that may be lost against the full rung, 0..1 ..."""
+    delta: float = Field(0.1, gt=0, lt=1)
+    """... except with this probability, over the draw of the held-out half of the validation split."""
+    unit: Literal["image", "text"] = "image"
+    """What the data draw independently: images, each with its questions; or texts, each with the images it is about."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the softmax that the margin is taken from."""
+    seed: int = Field(0, ge=0)
+    """Of the order in which held-out units are tested. A seed that is chosen by its result voids the promise."""
+
+
 class ExportSection(Section):
     targets: tuple[str, ...] = ("onnx", "tflite", "openvino", "coreml")
     precisions: tuple[str, ...] = ("fp32", "int8")
@@ -547,6 +567,7 @@ class Recipe(Section):
     captioning: CaptionSection | None = None
     """Fine-tune on captioning, and end there; None = another task."""
     calibration: CalibrationSection = CalibrationSection()  # pyright: ignore[reportCallIssue]
+    govern: GovernSection = GovernSection()  # pyright: ignore[reportCallIssue]
     export: ExportSection = ExportSection()  # pyright: ignore[reportCallIssue]
     verify: VerifySection = VerifySection()  # pyright: ignore[reportCallIssue]
     bench: BenchSection = BenchSection()  # pyright: ignore[reportCallIssue]

@@ -18,6 +18,7 @@ from edgevlm.artifacts import (
     Checkpoint,
     DeviceReport,
     Gate,
+    GovernorCalibration,
     LatencyTable,
     ParityReport,
     RegionCache,
@@ -171,11 +172,24 @@ def calibrate(job: Job) -> CalibrationSet:
     )
 
 
+def govern(job: Job) -> GovernorCalibration:
+    """Find out how far small rungs may be trusted, on the validation split as the trimmed model sees it."""
+    from targets.rungs import calibrate_governor, summary
+
+    regions = job.inputs.get(PRUNED_REGIONS.name, job.inputs["regions"])
+    governor = calibrate_governor(job.inputs["trim"], regions, job.recipe.govern)
+    job.reporter.say(f"  governor: {summary(governor)}")
+    calibration = GovernorCalibration(provenance=job.provenance, governor=governor)
+    return write_manifest(job.out_dir, calibration)  # pyright: ignore[reportReturnType]
+
+
 def export(job: Job) -> Bundle:
     """Export the trimmed model to every target of the recipe."""
     from targets.bundle import export_bundle
 
     section = job.recipe.export
+    calibrated = job.inputs.get("govern")
+    governor = calibrated and read_manifest(calibrated, GovernorCalibration).governor
     return export_bundle(
         job.inputs["trim"],
         job.inputs["calibrate"],
@@ -184,6 +198,7 @@ def export(job: Job) -> Bundle:
         precisions=section.precisions,
         num_golden=section.num_golden,
         provenance=job.provenance,
+        governor=governor,
         reporter=job.reporter,
     )
 
@@ -232,6 +247,8 @@ def score(job: Job) -> Scorecard:
     regions = read_manifest(job.inputs["regions"], RegionCache, check_files=False)
     calibration = read_manifest(job.inputs["calibrate"], CalibrationSet, check_files=False)
     stages = {"prepare": vocabulary, "detector": detector, "regions": regions, **checkpoints}
+    if "govern" in job.inputs:
+        stages["govern"] = read_manifest(job.inputs["govern"], GovernorCalibration, check_files=False)
     stages |= {"calibrate": calibration, "export": bundle, "verify": parity, "bench": latency}
     seconds = {name: artifact.provenance.seconds for name, artifact in stages.items()}
     gates = run_gates(job.recipe, checkpoints)
@@ -323,12 +340,18 @@ STAGES: tuple[Stage, ...] = (
     Stage("teacher", teacher, ("detector", *_MODEL), ("teacher", *_TRAINED), everywhere=True),
     Stage("distil", distil, ("detector", "teacher", *_MODEL), ("distil", *_TRAINED), everywhere=True),
     Stage("prune", prune, ("teacher", "distil", *_MODEL), ("prune", *_TRAINED), everywhere=True),
-    Stage("trim", trim, ("prune", *_MODEL), ("trim", *_TRAINED), everywhere=True),
+    Stage("trim", trim, ("prune", *_MODEL), ("trim", "govern.unit", *_TRAINED), everywhere=True),
+    Stage("govern", govern, ("trim", "regions"), ("govern",)),
     Stage("calibrate", calibrate, ("trim",), ("data", "calibration")),
-    Stage("export", export, ("trim", "calibrate"), ("name", "export")),
+    Stage("export", export, ("trim", "govern", "calibrate"), ("name", "export")),
     Stage("verify", verify, ("trim", "export"), ("data", "verify")),
     Stage("bench", bench, ("trim", "export"), ("bench",)),
-    Stage("scorecard", score, (*_MODEL, "detector", *TRAINED, "calibrate", "export", "verify", "bench"), ("gates",)),
+    Stage(
+        "scorecard",
+        score,
+        (*_MODEL, "detector", *TRAINED, "govern", "calibrate", "export", "verify", "bench"),
+        ("gates",),
+    ),
 )
 """The flow: each stage reads only artifacts of stages above it."""
 
@@ -403,6 +426,12 @@ def _as_asked(stage: Stage, recipe: Recipe) -> tuple[Stage, ...]:
         return (LATENCY, replace(stage, inputs=(*stage.inputs, LATENCY.name)))
     if stage.name == "trim" and "vision" in recipe.prune.parts:
         return (PRUNED_REGIONS, replace(stage, run=trim_pruned, inputs=(*stage.inputs, PRUNED_REGIONS.name)))
+    if recipe.trim.num_rungs == 1:  # nothing to choose from
+        if stage.name == "govern":
+            return ()
+        return (replace(stage, inputs=tuple(name for name in stage.inputs if name != "govern")),)
+    if stage.name == "govern" and "vision" in recipe.prune.parts:
+        return (replace(stage, inputs=(*stage.inputs, PRUNED_REGIONS.name)),)
     return (stage,)
 
 

@@ -1,7 +1,7 @@
 """Export a checkpoint to a bundle, and open a bundle for inference.
 
 bundle/
-  manifest.json  MODEL_CARD.md  vocab.txt  labels.json  preprocess.json
+  manifest.json  MODEL_CARD.md  vocab.txt  labels.json  preprocess.json  governor.json
   <target>/<precision>/...      the files of one exported model
   golden/                       cases that prove a device runs the model that was trained
 """
@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from calibration.choose import load as load_calibration
-from edgevlm.artifacts import VOCABULARY, Bundle, Checkpoint, ExportedModel, ExportFailure, PreprocessSpec, Provenance
+from edgevlm.artifacts import (
+    VOCABULARY,
+    Bundle,
+    Checkpoint,
+    ExportedModel,
+    ExportFailure,
+    Governor,
+    PreprocessSpec,
+    Provenance,
+    model_hash,
+)
 from edgevlm.data.text import Tokenizer
 from edgevlm.errors import EdgeVLMError, TargetError, nearest
 from edgevlm.manifests import read_manifest, write_manifest
@@ -25,6 +35,9 @@ from edgevlm.progress import Reporter
 from edgevlm.quiet import hush
 from targets.base import check_target, load_exporter, open_model
 from targets.golden import write_golden
+from targets.governor import FILE as GOVERNOR
+from targets.governor import check_governor
+from targets.governor_golden import write_governor_golden
 from targets.model_card import model_card
 from targets.program import rungs_of
 from targets.quiet import quiet
@@ -46,6 +59,7 @@ def export_bundle(
     precisions: Sequence[str],
     num_golden: int,
     provenance: Provenance,
+    governor: Governor | None = None,
     reporter: Reporter | None = None,
     verbose: bool = False,
 ) -> Bundle:
@@ -58,6 +72,7 @@ def export_bundle(
         targets, precisions: names of `targets.base.TARGETS` and of their precisions.
         num_golden: golden cases to write.
         provenance: of the bundle.
+        governor: calibrated on this checkpoint; None = the bundle has none.
         reporter: told about each model.
         verbose: show what the converters print.
 
@@ -67,12 +82,15 @@ def export_bundle(
     Raises:
         TargetError: an unknown target or precision, or every export failed.
         CheckpointError, CalibrationError: an input is missing, altered, or was preprocessed differently.
+        GovernorError: the governor was calibrated for another model.
     """
     reporter = reporter or Reporter()
     for target in targets:
         for precision in precisions:
             check_target(target, precision)
     model, manifest = load(checkpoint_dir)
+    if governor is not None:
+        check_governor(governor, model_hash(manifest), "The governor")
     source = Source(model, manifest, _calibration(calibration_dir, manifest))
     tokenizer = Tokenizer(checkpoint_dir / VOCABULARY, manifest.tokenizer)
     exported = _export_all(checkpoint_dir, calibration_dir, out_dir, targets, precisions, reporter, verbose)
@@ -84,6 +102,9 @@ def export_bundle(
             f"No target could be exported ({reasons})", "Install the libraries of one target, or run with -v"
         )
     write_golden(source, tokenizer, out_dir, num_golden)
+    if governor is not None:
+        (out_dir / GOVERNOR).write_text(governor.model_dump_json(indent=1) + "\n")
+        write_governor_golden(out_dir, governor, manifest.tokenizer.pad_id)
     shutil.copyfile(checkpoint_dir / VOCABULARY, out_dir / VOCABULARY)
     (out_dir / "labels.json").write_text(manifest.labels.model_dump_json(indent=1) + "\n")
     (out_dir / "preprocess.json").write_text(json.dumps(_preprocess(manifest.preprocess), indent=1) + "\n")
@@ -99,8 +120,9 @@ def export_bundle(
         models=tuple(models),
         failures=tuple(failures),
         metrics=manifest.metrics,
+        model_hash=model_hash(manifest),
     )
-    (out_dir / "MODEL_CARD.md").write_text(model_card(bundle))
+    (out_dir / "MODEL_CARD.md").write_text(model_card(bundle, governor))
     written = write_manifest(out_dir, bundle)
     assert isinstance(written, Bundle)
     return written

@@ -1,9 +1,9 @@
 """MODEL_CARD.md of a bundle, written from its manifest: nothing here is typed by hand."""
 
-from edgevlm.artifacts import Bundle
+from edgevlm.artifacts import Bundle, Governor
 
 
-def model_card(bundle: Bundle) -> str:
+def model_card(bundle: Bundle, governor: Governor | None = None) -> str:
     """The card as Markdown."""
     spec, labels, origin = bundle.preprocess, bundle.labels, bundle.provenance
     regions = bundle.model.tee.num_regions
@@ -33,6 +33,8 @@ def model_card(bundle: Bundle) -> str:
         read = f"{rung.num_words or bundle.tokenizer.max_tokens} | {rung.num_regions or regions}"
         kept = " | ".join(", ".join(map(str, numbers)) or "all" for numbers in (rung.words, rung.regions))
         lines.append(f"| {rung.name} | {read} | {kept} | {rung.gmacs:.4f} | {accuracy} |")
+    if governor is not None:
+        lines += ["", "## Governor", "", _promise(governor), "How to use `governor.json`: docs/governor.md of edgevlm."]
     lines += ["", "## Files", "", "| target | precision | MB | how | written by |", "|---|---|---|---|---|"]
     for model in bundle.models:
         tools = ", ".join(f"{name} {version}" for name, version in model.tools.items())
@@ -53,3 +55,12 @@ def model_card(bundle: Bundle) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _promise(governor: Governor) -> str:
+    if not governor.certified:
+        return "`governor.json` could not certify any rung below the full one: every question goes to the full rung."
+    return (
+        f"`governor.json` starts low and climbs while an answer is not sure enough. Against the full rung it loses at most "
+        f"{governor.epsilon:g} of the score, with probability {1 - governor.delta:g} over the data it was calibrated on."
+    )

@@ -1,4 +1,4 @@
-"""The ladder: static token budgets of one trained model, chosen where they cost least accuracy on the validation split.
+"""The ladder: static token budgets of one trained model, chosen where they cost least accuracy on half of the validation split.
 
 The search walks down from the full budget: of all numbers (regions read, regions and words kept behind every trimming layer) it
 lowers the one whose next step loses least accuracy per multiply-add saved, over and over. Everything that was tried on the
@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from edgevlm.artifacts import Checkpoint, Rung
@@ -18,6 +19,7 @@ from edgevlm.models.trimmer import FULL, Trim, trim_of
 from edgevlm.models.vlm import VLM
 from edgevlm.recipe import RungBudget, TrimSection
 from edgevlm.train.answering import predict, question_scores
+from edgevlm.train.halves import held_out, units_of
 from edgevlm.train.regions import RegionSplit
 
 SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)
@@ -56,8 +58,8 @@ def named_rungs(budgets: dict[str, RungBudget], layers: Sequence[int]) -> tuple[
 
 def choose_ladder(model: VLM, manifest: Checkpoint, job: Job, section: TrimSection) -> tuple[Rung, ...]:
     """The full rung and those below it, by falling cost."""
-    split = RegionSplit.load(job.inputs["regions"], "val")
-    tried = search(model, split, section)
+    split, rows = choosing(job)
+    tried = search(model, split, section, rows)
     full, num_words, num_regions = tried[0], manifest.tokenizer.max_tokens, manifest.model.tee.num_regions
     rungs = [Rung(name="full", regions=(num_regions,) * len(section.layers))]
     for candidate in spread(pareto(tried), full, section):
@@ -75,8 +77,20 @@ def choose_ladder(model: VLM, manifest: Checkpoint, job: Job, section: TrimSecti
     return tuple(rungs)
 
 
-def search(model: VLM, split: RegionSplit, section: TrimSection) -> list[Candidate]:
-    """Budgets from everything down to what loses more than `max_loss`, in the order in which they were tried."""
+def choosing(job: Job) -> tuple[RegionSplit, torch.Tensor]:
+    """The validation split and which of its questions choose: the half that the governor does not test its thresholds on."""
+    cache = job.inputs["regions"]
+    split = RegionSplit.load(cache, "val")
+    chooses = ~held_out(units_of(cache, "val", split, job.recipe.govern.unit))
+    return split, torch.from_numpy(np.flatnonzero(chooses))
+
+
+def search(model: VLM, split: RegionSplit, section: TrimSection, rows: torch.Tensor | None = None) -> list[Candidate]:
+    """Budgets from everything down to what loses more than `max_loss`, in the order in which they were tried.
+
+    `rows` are the questions that choose; None = all of the split.
+    """
+    rows = torch.arange(len(split.answers)) if rows is None else rows
     num_words, num_regions = split.input_ids.shape[1], split.scores.shape[1]
     config, region_dim = model.config.fusion, model.tee.region_dim
     longest = int((split.input_ids != model.fusion.pad_id).sum(1).amax())
@@ -88,7 +102,7 @@ def search(model: VLM, split: RegionSplit, section: TrimSection) -> list[Candida
 
     def attempt(trim: Trim) -> Candidate:
         if trim not in tried:
-            accuracy = float(question_scores(predict(model, split, trim), split).mean())
+            accuracy = accuracy_of(model, split, rows, trim)
             tried[trim] = Candidate(trim, fusion_macs(config, num_words, num_regions, region_dim, trim), accuracy)
         return tried[trim]
 
@@ -165,5 +179,12 @@ def spread(front: Sequence[Candidate], full: Candidate, section: TrimSection) ->
 @torch.no_grad()
 def score_rungs(model: VLM, job: Job, rungs: Sequence[Rung]) -> list[float]:
     """Accuracy of every rung on the validation questions that choose."""
-    split = RegionSplit.load(job.inputs["regions"], "val")
-    return [float(question_scores(predict(model, split, trim_of(rung)), split).mean()) for rung in rungs]
+    split, rows = choosing(job)
+    return [accuracy_of(model, split, rows, trim_of(rung)) for rung in rungs]
+
+
+def accuracy_of(model: VLM, split: RegionSplit, rows: torch.Tensor, trim: Trim) -> float:
+    """Mean score of some questions, 0..1."""
+    predicted = np.zeros(len(split.answers), np.int64)
+    predicted[rows.numpy()] = predict(model, split, trim, rows=rows)
+    return float(question_scores(predicted, split)[rows.numpy()].mean())

@@ -141,16 +141,19 @@ def fit_answers(
 
 
 @torch.no_grad()
-def predict(model: VLM, split: RegionSplit, trim: Trim = FULL, batch_size: int = 512) -> np.ndarray:
-    """Index of the answer to every question of the split, (Q,)."""
+def predict(
+    model: VLM, split: RegionSplit, trim: Trim = FULL, batch_size: int = 512, rows: Tensor | None = None
+) -> np.ndarray:
+    """Index of the answer to every question of the split, or to `rows` of them, (Q,)."""
     model.eval()
     merges = model.config.fusion.trim is not None and model.config.fusion.trim.policy == "similarity"
     # Which tokens pair up depends on their places, so padding must stand where the exported program has it.
     min_regions = split.scores.shape[1] if merges and trim != FULL else 1
     device = next(model.head.parameters()).device
     predicted = []
-    for rows in torch.arange(len(split.answers)).split(batch_size):
-        batch = send_to_device(batch_of(model, split, rows, min_regions), device)
+    asked = torch.arange(len(split.answers)) if rows is None else rows
+    for chunk in asked.split(batch_size):
+        batch = send_to_device(batch_of(model, split, chunk, min_regions), device)
         logits = model.answer(batch.regions, batch.input_ids, trim).logits_BA  # pyright: ignore
         predicted.append(logits.argmax(1).cpu())
     return torch.cat(predicted).numpy()

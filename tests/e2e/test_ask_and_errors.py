@@ -57,6 +57,23 @@ def test_ask_gives_pytorchs_answer(rehearsal: Path, picture: Path, tmp_path: Pat
     assert all(0 <= edge <= 128 for region in reply["regions"] for edge in region["box"])
 
 
+def test_ask_with_the_governor(rehearsal: Path, picture: Path) -> None:
+    """By the margin, by the time, and what is missing for either."""
+    bundle, question = rehearsal / "export", "is there a red circle?"
+    done = edgevlm("ask", bundle, picture, question, "--adaptive")
+    assert done.returncode == 0, done.stderr
+    assert "rung full: " in done.stdout, (
+        "24 validation images can certify nothing: every question goes to the full rung"
+    )
+    options = ("--max-ms", "100000", "--latency", rehearsal / "bench", "--json")
+    done = edgevlm("ask", bundle, picture, question, *options)
+    assert done.returncode == 0, done.stderr
+    reply = json.loads(done.stdout)
+    assert [step["rung"] for step in reply["passes"]] == ["full"] and reply["fits"]
+    refused("ask", bundle, picture, question, "--max-ms", "5", saying=f"edgevlm bench {bundle}")
+    refused("ask", bundle, picture, question, "--adaptive", "--rung", "b5", saying="Drop --rung")
+
+
 def test_ask_mistakes(rehearsal: Path, picture: Path, tmp_path: Path) -> None:
     bundle = rehearsal / "export"
     refused("ask", bundle, tmp_path / "no.png", "is it?", saying="no.png")

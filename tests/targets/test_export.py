@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from edgevlm.data.text import Tokenizer
-from edgevlm.errors import BundleError, TargetError
+from edgevlm.errors import BundleError, GovernorError, TargetError
 from targets.base import open_model
 from targets.bundle import open_bundle
 from targets.golden import check_golden, read_golden
+from targets.governor import read_governor
 from targets.parity import Outputs, Samples, box_match, reference, run_samples
 from targets.runtime import SHARED_WEIGHTS
 from tests.targets.conftest import make_frames
@@ -173,6 +174,12 @@ def test_looked_at_points_at_the_regions_that_were_kept(world, samples) -> None:
 
 
 # --- golden cases --------------------------------------------------------------------------------------------------
+
+
+def test_without_a_calibration_there_is_no_governor(world) -> None:
+    assert world.bundle.model_hash and not [name for name in world.bundle.files if "governor" in name]
+    with pytest.raises(GovernorError, match=r"has no governor\.json.*--governor"):
+        read_governor(world.bundle_dir, world.bundle)
 
 
 def test_golden_cases_pass_on_every_runnable_file(world) -> None:
