@@ -29,7 +29,7 @@ SCHEMES = {
 PACKAGE = "model.mlpackage"
 MIN_WEIGHTS = 1024
 """Smaller tensors stay float: compressing them saves nothing."""
-KEEP_FLOAT = ("tee.rpn.", "tee.box_head.classes.", "tee.box_head.deltas.", "fusion.trimmer.", "head.outer.")
+KEEP_FLOAT = ("tee.rpn.", "tee.box_head.classes.", "tee.box_head.deltas.", "fusion.trimmers.", "head.outer.")
 """Beginnings of the names of weights that decide an order or an answer directly."""
 
 

@@ -59,7 +59,9 @@ def named_rungs(budgets: dict[str, RungBudget], layers: Sequence[int]) -> tuple[
 def choose_ladder(model: VLM, manifest: Checkpoint, job: Job, section: TrimSection) -> tuple[Rung, ...]:
     """The full rung and those below it, by falling cost."""
     split, rows = choosing(job)
-    tried = search(model, split, section, rows)
+    if not len(rows):
+        job.reporter.say("  ladder: no validation question to choose by, so the full rung alone")
+    tried = search(model, split, section, rows) if len(rows) else [Candidate(FULL, 0, 0.0)]
     full, num_words, num_regions = tried[0], manifest.tokenizer.max_tokens, manifest.model.tee.num_regions
     rungs = [Rung(name="full", regions=(num_regions,) * len(section.layers))]
     for candidate in spread(pareto(tried), full, section):

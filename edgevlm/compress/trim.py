@@ -119,6 +119,8 @@ def cost_share(config: FusionConfig, region_dim: int, answer: Answer, words_B: T
 
 def check_trim(section: TrimSection, num_layers: int, num_regions: int) -> None:
     """Raise RecipeError for trimming that the model cannot have."""
+    if num_layers < 2:
+        raise RecipeError("The fusion has one layer: nothing would follow its trimming", "Give it more layers")
     for name in ("layers", "head_layers"):
         layers = getattr(section, name)
         last = num_layers - (2 if name == "layers" else 1)

@@ -268,8 +268,8 @@ class Fusion(nn.Module):
     def _set_masks(self, stream: Stream) -> None:
         """What the next layers read of words and image."""
         words, regions = stream.words, stream.regions
-        image_mask = self._sized(stream, attention_mask(self.image_valid(regions.present_BN)))
         if self.config.has_encoders:
+            image_mask = self._sized(stream, attention_mask(self.image_valid(regions.present_BN)))
             stream.mask_B11T, stream.keep_BT = attention_mask(words.present_BN, stream.num_hidden), words.keep_BN
             tokens_BSD = regions.x_BND
             if stream.parts_BPD is not None:

@@ -92,7 +92,7 @@ def pair_up(tokens: Tokens, num_keep: int) -> Tokens:
         one_BLL = _one_hot(order_BL, length - num_right, x_BND)
         joins_BGR = _one_hot(take(partner_BL, order_BL[:, :num_merged]), num_right, x_BND)
         into_BRL = torch.matmul(joins_BGR.transpose(1, 2), one_BLL[:, :num_merged])
-        itself_BRR = torch.eye(num_right, device=x_BND.device, dtype=x_BND.dtype).expand(len(x_BND), -1, -1)
+        itself_BRR = _itself(num_right, x_BND)
         stays_BSL = one_BLL[:, num_merged:]
         stays_BSN = _in_turns(stays_BSL, x_BND.new_zeros(*stays_BSL.shape[:2], num_right))
         sources_BKN = torch.cat([stays_BSN, _in_turns(into_BRL, itself_BRR)], dim=1)
@@ -110,6 +110,13 @@ def _in_turns(left_BKL: Tensor, right_BKR: Tensor) -> Tensor:
 
 def _sizes(tokens: Tokens) -> Tensor:
     return torch.ones_like(tokens.present_BN) if tokens.sizes_BN is None else tokens.sizes_BN
+
+
+def _itself(length: int, like_BND: Tensor) -> Tensor:
+    """(B, N, N): each token alone."""
+    # Written out, for LiteRT has no operation for torch.eye.
+    rows = [[float(i == j) for j in range(length)] for i in range(length)]
+    return torch.tensor(rows, dtype=like_BND.dtype, device=like_BND.device).expand(len(like_BND), -1, -1)
 
 
 def _one_hot(index_BK: Tensor, length: int, like: Tensor) -> Tensor:
@@ -185,7 +192,7 @@ def _masked(tokens: Tokens, scores_BN: Tensor, keep_BN: Tensor, num_context: int
         """`into`, with `values` where the seeds are."""
         return into_BNE * (1.0 - seed_BN).unsqueeze(2) + torch.matmul(seeds_BCN.transpose(1, 2), values_BCE)
 
-    own = torch.eye(scores_BN.shape[1], device=index.device, dtype=tokens.x_BND.dtype).expand(len(index), -1, -1)
+    own = _itself(scores_BN.shape[1], tokens.x_BND)
     origin_BNM = own if tokens.origin_BNM is None else tokens.origin_BNM
     return Tokens(
         put(means_BCD, tokens.x_BND),

@@ -89,8 +89,8 @@ def train_words_only(model: VLM) -> None:
         if part is not None:
             part.requires_grad_(True)
     model.fusion.pooler.requires_grad_(False)
-    if model.fusion.trimmer is not None:
-        model.fusion.trimmer.requires_grad_(False)
+    if model.fusion.trimmers is not None:
+        model.fusion.trimmers.requires_grad_(False)
 
 
 def choose_masked(

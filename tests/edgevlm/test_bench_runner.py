@@ -102,7 +102,7 @@ def write_onnx(folder: Path, heavy: int) -> dict[str, str]:
             [value("logits", [1, len(LABELS.answers)]), value("looked_at", [1, REGIONS])],
             {
                 "axis": np.array([1], np.int64),
-                "keep": (np.arange(REGIONS) < rung.num_regions).astype(np.float32).reshape(1, REGIONS, 1),
+                "keep": (np.arange(REGIONS) < rung.regions[0]).astype(np.float32).reshape(1, REGIONS, 1),
                 "head": HEAD,
                 "table": WORDS_TABLE,
                 "zero": np.zeros((), np.float32),
@@ -133,7 +133,7 @@ def write_bundle(
     programs = write_onnx(folder, heavy)
     pixels = RNG.integers(0, 256, (CASES, SPEC.height, SPEC.width, 3), np.uint8)
     ids = tiny_ids(CASES).numpy()
-    logits = {f"logits_{rung.name}": predicted(pixels, ids, rung.num_regions) for rung in RUNGS}
+    logits = {f"logits_{rung.name}": predicted(pixels, ids, rung.regions[0]) for rung in RUNGS}
     if wrong_rung:
         logits[f"logits_{wrong_rung}"][1] *= -1
     write_golden(folder, {"pixels": pixels, "input_ids": ids, **logits})

@@ -38,7 +38,7 @@ def test_another_ladder_is_noticed(world) -> None:
     model, manifest = load(world.checkpoint)
     rungs = tuple(Rung(name=r.name, regions=({"b5": 4}.get(r.name, r.regions[0]),)) for r in manifest.rungs)
     changed = Source(model, manifest.model_copy(update={"rungs": rungs}))
-    assert check_structure(package(world, "fp32"), changed) == ["answer_b5 keeps [5] region tokens, its rung 4"]
+    assert check_structure(package(world, "fp32"), changed) == ["answer_b5 keeps [5] tokens, its rung [4]"]
     fewer = Source(model, manifest.model_copy(update={"rungs": manifest.rungs[:2]}))
     assert "functions" in check_structure(package(world, "fp32"), fewer)[0]
 

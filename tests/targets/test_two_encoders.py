@@ -20,7 +20,7 @@ from tests.targets.conftest import make_frames
 @pytest.fixture(scope="module")
 def dual() -> Source:
     fusion = FUSIONS["test-dual"].model_copy(update={"trim": TrimConfig(layers=(0,))})
-    return Source(*lively.make_model(TEES["test-tee"], fusion, 64, (8, 5, 3)))
+    return Source(*lively.make_model(TEES["test-tee"], fusion, 64, (8, 5, 3), steps=800))
 
 
 @pytest.fixture(scope="module")
