@@ -20,7 +20,7 @@ from tests.targets.conftest import make_frames
 @pytest.fixture(scope="module")
 def dual() -> Source:
     fusion = FUSIONS["test-dual"].model_copy(update={"trim": TrimConfig(layers=(0,))})
-    return Source(*lively.make_model(TEES["test-tee"], fusion, 64, (8, 5, 3), steps=800))
+    return Source(*lively.make_model(TEES["test-tee"], fusion, 64, (8, 5, 3), steps=600))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def dual_samples(dual: Source) -> Samples:
 
 
 def test_the_rungs_differ_and_the_model_has_learned(dual_samples: Samples) -> None:
-    assert dual_samples.metric(dual_samples.logits["b8"]) > 0.8
+    assert dual_samples.metric(dual_samples.logits["b8"]) > 0.7, "the most frequent answer has less than 0.5"
     assert np.abs(dual_samples.logits["b8"] - dual_samples.logits["b3"]).max() > 1e-2
 
 
