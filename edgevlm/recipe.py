@@ -315,9 +315,12 @@ class PruneSection(TrainSection):
     ramp: float = Field(0.5, gt=0, le=1)
     """Share of the pruning steps over which the target rises from 0; one ramp for the whole run."""
     gate_lr: float = Field(0.1, gt=0)
-    gate_start: Literal["magnitude", "published"] = "magnitude"
+    gate_start: Literal["magnitude", "published"] = "published"
     """Where the gates start: nearly open and in the order of the weights' magnitudes within each group (ours), or at
     EfficientVLM's constants (heads open, neurons to five sixths)."""
+    one_schedule: bool = True
+    """The ways that train while they choose keep their learning rate until the structure is chosen, and let it fall while
+    they recover; False = it falls and rises twice."""
     recover_steps: int = Field(200, ge=0)
     """Steps of fine-tuning after the physical shrinking."""
     round_to: int = Field(8, gt=0)

@@ -71,7 +71,7 @@ def prune(job: Job, meter: Meter | None = None) -> Checkpoint:
     ) -> None:
         settings: dict[str, Any] = {"what": what, "seed": seed, "groups": groups, **hooks}
         its_section = section.model_copy(update={"steps": steps})
-        if section.method in TRAINED:  # one learning rate over both trainings, which falls when the structure is chosen
+        if section.method in TRAINED and section.one_schedule:
             one = {"schedule": "constant"} if what == "prune" else {"warmup": 0.0}
             its_section = its_section.model_copy(update=one)
         if joint:
