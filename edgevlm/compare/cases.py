@@ -4,6 +4,8 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -121,7 +123,9 @@ def latencies(
     """
     name = f"{target}-{precision}"
     bundle, latency = checkpoint.parent / f"bundle-{name}", checkpoint.parent / f"latency-{name}.json"
-    if not latency.is_file():
+    key = read_manifest(checkpoint, Checkpoint, check_files=False).provenance.key
+    known = json.loads(latency.read_text()) if latency.is_file() else {}
+    if known.get("checkpoint") != key:  # never measured, or of a checkpoint that was made anew since
         calibrated = calibration if precision == "int8" else None
         export_checkpoint(checkpoint, bundle, calibrated, [target], [precision], True, Quiet(reporter))
         report = bench_folder(bundle, None, checkpoint.parent / f"bench-{name}", 1, LATENCY_RUNS, True, Quiet(reporter))
@@ -130,8 +134,25 @@ def latencies(
             if row.p50_ms is None:
                 raise CheckpointError(f"{target} could not be measured ({row.reason})", "Leave it out of --target")
             found[row.rung] = {"answer_ms": row.answer_p50_ms, "image_and_answer_ms": row.p50_ms}
-        latency.write_text(json.dumps(found, indent=1) + "\n")
-    return json.loads(latency.read_text())
+        known = {"checkpoint": key, "rungs": found}
+        latency.write_text(json.dumps(known, indent=1) + "\n")
+    return known["rungs"]
+
+
+def accuracy_text(accuracies: Sequence[float]) -> str:
+    """Mean in percent, with the standard deviation over the seeds where there are several."""
+    spread = f" ± {100 * stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
+    return f"{100 * mean(accuracies):.1f}{spread}"
+
+
+def draw_way(axes: Any, way: str, x: Sequence[float], accuracies: Sequence[Sequence[float]]) -> str:
+    """A way's line on a plot with a band of one standard deviation; returns its colour."""
+    y = [100 * mean(values) for values in accuracies]
+    spread = [100 * stdev(values) if len(values) > 1 else 0.0 for values in accuracies]
+    (line,) = axes.plot(x, y, marker="o", label=way)
+    low, high = ([a + sign * b for a, b in zip(y, spread, strict=True)] for sign in (-1, 1))
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    return line.get_color()
 
 
 def markdown(intro: str, titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
@@ -12,9 +12,11 @@ from rich.console import Console
 from edgevlm.artifacts import Checkpoint
 from edgevlm.compare.cases import (
     Quiet,
+    accuracy_text,
     before,
     calibration_of,
     check_ways,
+    draw_way,
     latencies,
     link,
     linked,
@@ -59,11 +61,6 @@ class Row:
     """Multiply-adds of one question, in 1e6; with its image where the extractor was pruned."""
     ms: dict[str, float]
     """`<target> <precision>` -> p50 of the same on this machine, one thread."""
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation over the seeds."""
-        return stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -209,9 +206,8 @@ def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     titles += [f"{name} ms" for name in comparison.teacher.ms]
     lines, reference = [], mean(comparison.teacher.accuracies)
     for row in (comparison.teacher, comparison.student, *comparison.rows):
-        accuracy, spread = mean(row.accuracies), f" ± {100 * row.spread:.1f}" if len(row.accuracies) > 1 else ""
-        line = [row.way, f"{100 * row.keep:g}", f"{100 * row.kept:.1f}", f"{100 * accuracy:.1f}{spread}"]
-        line += [f"{100 * accuracy / reference:.1f}", f"{row.parameters:,}", f"{row.mmacs:.2f}"]
+        line = [row.way, f"{100 * row.keep:g}", f"{100 * row.kept:.1f}", accuracy_text(row.accuracies)]
+        line += [f"{100 * mean(row.accuracies) / reference:.1f}", f"{row.parameters:,}", f"{row.mmacs:.2f}"]
         lines.append([*line, *(f"{ms:.3f}" for ms in row.ms.values())])
     return titles, lines
 
@@ -237,12 +233,7 @@ def plot(comparison: Comparison, path: Path) -> None:
     axes = figure.subplots()
     for way in dict.fromkeys(row.way for row in comparison.rows):
         rows = sorted((row for row in comparison.rows if row.way == way), key=lambda row: row.kept)
-        x = [100 * row.kept for row in rows]
-        y = [100 * mean(row.accuracies) for row in rows]
-        spread = [100 * row.spread for row in rows]
-        (line,) = axes.plot(x, y, marker="o", label=way)
-        low, high = ([a + sign * b for a, b in zip(y, spread, strict=True)] for sign in (-1, 1))
-        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        draw_way(axes, way, [100 * row.kept for row in rows], [row.accuracies for row in rows])
     axes.axhline(100 * mean(comparison.teacher.accuracies), color="black", linestyle=":", label="teacher")
     axes.axhline(100 * mean(comparison.student.accuracies), color="gray", linestyle="--", label="unpruned student")
     axes.set(xlabel="kept of what can be removed, %", ylabel="accuracy on test, %")

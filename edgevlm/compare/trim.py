@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from rich.console import Console
 from edgevlm.artifacts import Checkpoint, Rung
 from edgevlm.compare.cases import (
     Quiet,
+    accuracy_text,
     before,
     calibration_of,
     check_ways,
+    draw_way,
     latencies,
     link,
     linked,
@@ -64,11 +66,6 @@ class Row:
     ms: dict[str, float]
     """`<target> <precision>` -> p50 of one question on this machine, one thread; of the first seed. Empty for dynamic
     inference, which PyTorch alone can do."""
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation over the seeds."""
-        return stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -227,9 +224,8 @@ def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     titles += [f"{name} ms" for name in names] + [f"× ({name})" for name in names]
     lines = []
     for row in (comparison.pruned, *comparison.rows):
-        spread = f" ± {100 * row.spread:.1f}" if len(row.accuracies) > 1 else ""
         line = [row.way, row.rung, row.words, row.regions, f"{row.mmacs:.2f}"]
-        line.append(f"{100 * mean(row.accuracies):.1f}{spread}")
+        line.append(accuracy_text(row.accuracies))
         line += [f"{row.ms[name]:.3f}" if name in row.ms else "" for name in names]
         line += [f"{comparison.pruned.ms[name] / row.ms[name]:.2f}" if name in row.ms else "" for name in names]
         lines.append(line)
@@ -262,15 +258,12 @@ def plot(comparison: Comparison, path: Path) -> None:
             rungs = [row for row in comparison.rows if row.way == way and row.ms]
             rungs.sort(key=lambda row: row.mmacs if name is None else row.ms[name])
             x = [row.mmacs if name is None else row.ms[name] for row in rungs]
-            y, spread = [100 * mean(row.accuracies) for row in rungs], [100 * row.spread for row in rungs]
-            (line,) = axes.plot(x, y, marker="o", label=way)
-            low, high = ([a + sign * b for a, b in zip(y, spread, strict=True)] for sign in (-1, 1))
-            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            colour = draw_way(axes, way, x, [row.accuracies for row in rungs])
             dynamic = [row for row in comparison.rows if row.way == way and not row.ms]
             if name is None and dynamic:
                 points = [100 * mean(row.accuracies) for row in dynamic]
                 label = f"{way}, each input by threshold"
-                axes.plot([row.mmacs for row in dynamic], points, "^:", color=line.get_color(), label=label)
+                axes.plot([row.mmacs for row in dynamic], points, "^:", color=colour, label=label)
         axes.axhline(100 * mean(comparison.pruned.accuracies), color="gray", linestyle="--", label="pruned student")
         axes.set(
             xlabel="MMAC per question" if name is None else f"ms per question, {name}", ylabel="accuracy on test, %"

@@ -18,9 +18,9 @@ from edgevlm.errors import RecipeError
 from edgevlm.job import Job
 from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
-from edgevlm.models.fusion import FusionOutput
 from edgevlm.models.registry import resolve_fusion
 from edgevlm.models.stacks import StackName, stacks_of
+from edgevlm.models.stream import FusionOutput
 from edgevlm.models.teachers import check_foreign, is_foreign
 from edgevlm.models.tee import Regions
 from edgevlm.models.vlm import VLM

@@ -65,10 +65,12 @@ def choose_ladder(model: VLM, manifest: Checkpoint, job: Job, section: TrimSecti
     full, num_words, num_regions = tried[0], manifest.tokenizer.max_tokens, manifest.model.tee.num_regions
     rungs = [Rung(name="full", regions=(num_regions,) * len(section.layers))]
     for candidate in spread(pareto(tried), full, section):
-        trim = candidate.trim
+        trim, name = candidate.trim, f"m{100 * candidate.macs / full.macs:.0f}"
+        if name == rungs[-1].name:  # hardly cheaper, and two programs of one name cannot be
+            continue
         rungs.append(
             Rung(
-                name=f"m{100 * candidate.macs / full.macs:.0f}",
+                name=name,
                 regions=trim.regions,
                 words=trim.words,
                 num_words=None if trim.num_words in (None, num_words) else trim.num_words,

@@ -141,8 +141,14 @@ def check_trim(section: TrimSection, num_layers: int, num_regions: int) -> None:
                 f"The first rung keeps {max(first.regions)} regions, but the extractor hands over {num_regions}",
                 f"Let the first rung keep all {num_regions} regions and read all words",
             )
+        config = trim_config(section)
         for name, rung in section.rungs.items():
-            if rung.regions[-1] <= (context := trim_config(section).context):
+            if rung.words and not config.words:
+                raise RecipeError(
+                    f"Rung {name} keeps a number of words, but words are not trimmed",
+                    "Drop its `words`, or set trim.words: true with another policy than similarity",
+                )
+            if rung.regions[-1] <= (context := config.context):
                 raise RecipeError(
                     f"Rung {name} keeps {rung.regions[-1]} regions, {context} of them context tokens",
                     f"Keep at least {context + 1}",

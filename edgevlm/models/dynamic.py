@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from edgevlm.models.fusion import Stream
+from edgevlm.models.stream import Stream
 from edgevlm.models.tee import Regions
 from edgevlm.models.tokens import Tokens
 from edgevlm.models.trimmer import Trim

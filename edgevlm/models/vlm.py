@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from edgevlm.artifacts import WEIGHTS, Checkpoint, Labels, ModelConfig, PreprocessSpec, TokenizerSpec
 from edgevlm.errors import CheckpointError
 from edgevlm.manifests import read_manifest
-from edgevlm.models.fusion import Fusion, FusionOutput
+from edgevlm.models.fusion import Fusion
 from edgevlm.models.groups import cut, groups_of
 from edgevlm.models.heads import AnswerHead, LinearAnswerHead, PairHead, WordHead
+from edgevlm.models.stream import FusionOutput
 from edgevlm.models.tee import TEE, Regions
 from edgevlm.models.trimmer import FULL, Trim
 

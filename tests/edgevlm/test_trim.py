@@ -1,5 +1,6 @@
 """Stage `trim`: what a step draws, what the cost share counts, how the ladder is chosen, and the comparison."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from edgevlm.artifacts import WEIGHTS, Checkpoint, Rung, TrimConfig
 from edgevlm.compare.trim import WAYS, compare_trim
+from edgevlm.compress import ladder
 from edgevlm.compress.cost import fusion_macs
 from edgevlm.compress.distil import distil
 from edgevlm.compress.ladder import Candidate, pareto, search, spread
@@ -147,6 +149,17 @@ def test_rungs_are_spread_by_cost_within_what_may_be_lost() -> None:
     assert [c.macs for c in spread(pareto(tried), tried[0], section(rungs=2, max_loss=0.012))] == [160]
 
 
+def test_rungs_of_one_name_are_one(pruned: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Budgets that round to the same percentage cannot both be programs."""
+    manifest = read_manifest(pruned.inputs["prune"], Checkpoint)
+    model, _ = vlm.load(pruned.inputs["prune"])
+    close = candidates((1000, 0.90), (402, 0.89), (398, 0.885), (200, 0.88))
+    tried = [replace(c, trim=FULL if i == 0 else Trim(num_words=6 - i, regions=(4,))) for i, c in enumerate(close)]
+    monkeypatch.setattr(ladder, "search", lambda *args: tried)
+    found = ladder.choose_ladder(model, manifest, pruned, section(rungs=4, max_loss=0.5))
+    assert [rung.name for rung in found] == ["full", "m40", "m20"]
+
+
 @pytest.mark.parametrize("policy", ["learned", "attention", "similarity"])
 def test_the_search_walks_down_to_budgets_that_can_be(pruned: Job, policy: str) -> None:
     """Every budget that it tries costs less than the full one and never rises; the cheapest is cheap."""
@@ -225,6 +238,7 @@ def test_a_stopped_stage_goes_on_to_the_same_weights(pruned: Job, tmp_path: Path
         ({"context": 8}, "leaves no region"),
         ({"rungs": {"full": 7}}, "hands over 8"),
         ({"rungs": {"full": 8, "b2": 2}, "context": 2}, "Keep at least 3"),
+        ({"rungs": {"full": 8, "b2": {"regions": [2], "words": [4]}}, "words": False}, "words are not trimmed"),
     ],
 )
 def test_impossible_trimming_is_refused(changes: dict[str, Any], said: str) -> None:
@@ -282,6 +296,11 @@ def test_comparison_scores_every_rung_of_every_way(finished: Path) -> None:
     stamp = (folder / "learned-0" / "trim" / "manifest.json").stat().st_mtime
     shutil.rmtree(folder / "learned-1")
     assert compare_trim(finished, ways=("learned",), rungs=3, seeds=2).rows[0] == found.rows[0]
+    timed = folder / "learned-0" / "latency-onnx-fp32.json"
+    stale = {"checkpoint": "another", "rungs": {"full": {"answer_ms": 1e9, "image_and_answer_ms": 1e9}}}
+    timed.write_text(json.dumps(stale))
+    again = compare_trim(finished, ways=("learned",), rungs=3, seeds=1)
+    assert again.rows[0].ms["onnx fp32"] < 1e6, "times of another checkpoint are measured again"
     assert (folder / "learned-0" / "trim" / "manifest.json").stat().st_mtime == stamp, "what is done stays"
 
 
