@@ -314,7 +314,7 @@ def compare_prune(
     data: Data = None,
     as_json: Json = False,
 ) -> None:
-    """Prune a run's student by learned gates and by the baselines, at equal budgets; resumable."""
+    """Prune a run's student in our way and by the baselines, at equal budgets; resumable."""
     from dataclasses import asdict
 
     from edgevlm.compare import prune as compare

@@ -308,16 +308,13 @@ class PruneSection(TrainSection):
     """With `vision`: training images at most; None = all of `data.num_train`. They are held in memory."""
     extractor_weight: float = Field(1.0, ge=0)
     """With `vision`: weight of imitating what the unpruned extractor detects."""
-    method: Literal["gates", "gradient", "modality", "magnitude"] = "gates"
-    """How the structure is chosen: learned gates, or one of the baselines (`compress/structure.py`)."""
+    method: Literal["fisher", "gates", "gradient", "modality", "magnitude"] = "fisher"
+    """How the structure is chosen (`compress/structure.py`)."""
     seed: int = Field(0, ge=0)
     """Another one repeats the stage with other draws; everything before it stays."""
     ramp: float = Field(0.5, gt=0, le=1)
     """Share of the pruning steps over which the target rises from 0; one ramp for the whole run."""
     gate_lr: float = Field(0.1, gt=0)
-    gate_start: Literal["magnitude", "published"] = "published"
-    """Where the gates start: nearly open and in the order of the weights' magnitudes within each group (ours), or at
-    EfficientVLM's constants (heads open, neurons to five sixths)."""
     one_schedule: bool = True
     """The ways that train while they choose keep their learning rate until the structure is chosen, and let it fall while
     they recover; False = it falls and rises twice."""

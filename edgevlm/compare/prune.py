@@ -35,13 +35,14 @@ from edgevlm.recipe import Recipe
 from edgevlm.stages import LATENCY, stages_of
 
 WAYS: dict[str, dict[str, Any]] = {
+    "fisher": {"method": "fisher"},
+    "fisher-alone": {"method": "fisher", "kd_weight": 0.0},
     "gates": {"method": "gates"},
-    "gates-alone": {"method": "gates", "kd_weight": 0.0},
     "gradient": {"method": "gradient"},
     "modality": {"method": "modality"},
     "magnitude": {"method": "magnitude"},
 }
-"""Name -> what it changes in the section `prune`; `gates-alone` has no teacher (`compress/structure.py` has the others)."""
+"""Name -> what it changes in the section `prune`; `fisher-alone` has no teacher (`compress/structure.py` has the others)."""
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,10 @@ def prune(job: Job, meter: Meter | None = None) -> Checkpoint:
     with regions as cache:
         metrics = evaluate(student, job, cache=cache) | {"sparsity": achieved}
     if meter is not None:
-        metrics["pruned_ms"] = processes.from_main(meter(student.eval()) if processes.is_main() else 0.0)
+        asked_ms = cost.whole * (1 - sparsity)
+        metrics["pruned_ms"] = processes.from_main(
+            _steady(meter, student.eval(), asked_ms) if processes.is_main() else 0.0
+        )
         job.reporter.say(f"  pruned: {metrics['pruned_ms']:.3f} ms on {section.target} {section.precision}")
     report(job, "pruned", metrics)
     return save_answering(job, student, manifest, metrics)

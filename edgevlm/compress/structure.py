@@ -1,13 +1,15 @@
-"""Four ways to choose what stays of a model: learned gates, and the baselines that they must beat.
+"""Five ways to choose what stays of a model: ours, and those that it must beat.
 
 | method | |
 |---|---|
+| `fisher` | ours: the sum of gradient² of plain gates, per unit of cost, ranks everything together; progressive |
 | `gates` | EfficientVLM's: hard-concrete gates on everything under one Lagrangian; the split between groups is learned |
 | `gradient` | after UPop: plain gates; the sum of |gradient| ranks heads and neurons, standardised by kind; progressive |
 | `modality` | every part (vision, fusion; with two encoders each of the three) loses the same share of its cost; within it, one ranking of weights' norms by kind |
 | `magnitude` | every group loses the same share of its members, those with the smallest weights |
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm.compress.cost import Cost
-from edgevlm.compress.shrink import Kept, fill_budget, masks
+from edgevlm.compress.shrink import Kept, fill_budget, masks, steps_of
 from edgevlm.models.gates import Gates, gated
 from edgevlm.models.groups import Group
 from edgevlm.models.vlm import VLM
@@ -26,6 +28,8 @@ from edgevlm.train.loop import parameter_groups
 
 HISTORY_POINTS = 100
 """Of a picture over time."""
+TINY = 1e-12
+"""Keeps the logarithm of a sum, and a division by what a member costs, finite."""
 
 
 class Choice(NamedTuple):
@@ -139,8 +143,6 @@ def by_gates(pruning: Pruning) -> Choice:
     """Train gates and weights together towards the budget."""
     section = pruning.section
     objective = PruneObjective(pruning)
-    if section.gate_start == "magnitude":
-        objective.gates.start_at(magnitudes(pruning.student, pruning.groups))
 
     def before_step(step: int) -> None:
         objective.target = target_sparsity(step, section.steps, section.ramp, pruning.sparsity)
@@ -158,15 +160,22 @@ def by_gates(pruning: Pruning) -> Choice:
     return Choice(partial(choose_by_gates, objective.gates, pruning.fill), objective.history.by_step())
 
 
-# --- baselines ---------------------------------------------------------------------------------------------------
+# --- accumulated gradients ---------------------------------------------------------------------------------------
 
 
 class GradientObjective(nn.Module):
-    """Distillation loss of the student with what the accumulated gradients have closed so far."""
+    """Distillation loss of the student with what the accumulated gradients have closed so far.
 
-    def __init__(self, pruning: Pruning) -> None:
+    Args:
+        pruning: what is pruned.
+        power: of the gradients, as they are summed.
+        scored: sums of all groups -> scores of all members, comparable.
+    """
+
+    def __init__(self, pruning: Pruning, power: int, scored: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
         super().__init__()
         self.inner, self._pruning = pruning.inner, [pruning]  # a list: not part of the module
+        self.power, self.scored = power, scored
         self.values = nn.ParameterDict({_key(g): nn.Parameter(torch.ones(g.size)) for g in pruning.groups})
         for group in pruning.groups:
             self.register_buffer(f"sum_{_key(group)}", torch.zeros(group.size))
@@ -190,7 +199,7 @@ class GradientObjective(nn.Module):
         for group in pruning.groups:
             value = self.values[_key(group)]
             if value.grad is not None:
-                self.get_buffer(f"sum_{_key(group)}").add_(value.grad.abs())
+                self.get_buffer(f"sum_{_key(group)}").add_(value.grad.abs() ** self.power)
                 value.grad = None
         section = pruning.section
         sparsity = target_sparsity(step, section.steps, section.ramp, pruning.sparsity)
@@ -202,15 +211,50 @@ class GradientObjective(nn.Module):
         """The structure at a budget."""
         pruning = self._pruning[0]
         sums = {g.name: self.get_buffer(f"sum_{_key(g)}").cpu() for g in pruning.groups}
-        return by_threshold(pruning, standardised(sums), budget)
+        return by_threshold(pruning, self.scored(sums), budget)
 
 
-def by_gradient(pruning: Pruning) -> Choice:
-    """Train, add up the gates' gradients, and close step by step what has least of them (UPop, section 3)."""
-    section, objective = pruning.section, GradientObjective(pruning)
+def train_closing(pruning: Pruning, objective: GradientObjective) -> Choice:
+    """Train, add up the gates' gradients, and close step by step what scores least."""
+    section = pruning.section
     optimised = parameter_groups(pruning.inner, section.lr, section.weight_decay)
     pruning.fit(objective, optimised, after_step=objective.accumulate)
     return Choice(objective.choose, objective.history.by_step())
+
+
+def by_fisher(pruning: Pruning) -> Choice:
+    """What is lost per unit of cost that is saved, over all groups of all kinds.
+
+    Where training has converged, closing a member raises the loss by about half the mean square of its gate's gradient
+    (Theis and others, 2018: the Fisher information); closed is what raises it least for what it costs.
+    """
+    costs = saved_by_one(pruning)
+
+    def scored(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        logs = {name: torch.log(value.double() + TINY) - math.log(costs[name]) for name, value in sums.items()}
+        mean = torch.cat(list(logs.values())).mean()
+        return {name: (value - mean).float() for name, value in logs.items()}
+
+    return train_closing(pruning, GradientObjective(pruning, 2, scored))
+
+
+def saved_by_one(pruning: Pruning) -> dict[str, float]:
+    """Group -> what a member costs, on average from the whole group down to the least of it that can stay."""
+    cost, least = pruning.cost, steps_of(pruning.groups, pruning.section.round_to)
+    found = {}
+    for group in pruning.groups:
+        removable = group.size - least[group.name]
+        saved = cost.whole - cost.of({group.name: least[group.name]}) if removable else 0.0
+        found[group.name] = max(saved / max(1, removable), TINY * cost.whole)  # a time may not fall at all
+    return found
+
+
+def by_gradient(pruning: Pruning) -> Choice:
+    """|gradient|, standardised by kind (UPop, section 3)."""
+    return train_closing(pruning, GradientObjective(pruning, 1, standardised))
+
+
+# --- before training ---------------------------------------------------------------------------------------------
 
 
 def by_modality(pruning: Pruning) -> Choice:
@@ -244,12 +288,13 @@ def by_magnitude(pruning: Pruning) -> Choice:
 
 
 METHODS: dict[str, Callable[[Pruning], Choice]] = {
+    "fisher": by_fisher,
     "gates": by_gates,
     "gradient": by_gradient,
     "modality": by_modality,
     "magnitude": by_magnitude,
 }
-TRAINED = ("gates", "gradient")
+TRAINED = ("fisher", "gates", "gradient")
 """These train while they choose; the others spend the same steps on recovering."""
 
 

@@ -16,9 +16,6 @@ LOG_ALPHA_LIMITS = (math.log(0.01), math.log(100.0))
 KEEP_SHIFT = BETA * math.log(-LOW / HIGH)  # P(z > 0) = sigmoid(log_alpha - KEEP_SHIFT)
 INITIAL = {"heads": 10.0, "neurons": 0.0}
 """Heads start almost surely open, neurons mostly: EfficientVLM's initial values (10 is clamped to log 100)."""
-OPEN, SPREAD = 2.0, 1.5
-"""Ours: log_alpha of an average member, and how much a standard deviation of its magnitude adds. In a few hundred steps
-gates that start alike do not find an order as good as that of the magnitudes."""
 INITIAL_ELSEWHERE = 2.0
 """Ours, for what EfficientVLM does not gate: open to 97 %. A trained convolution does not bear a sixth of its channels missing."""
 
@@ -59,14 +56,6 @@ class Gates(nn.Module):
                 for group in groups
             }
         )
-
-    @torch.no_grad()
-    def start_at(self, scores: Mapping[str, Tensor]) -> None:
-        """Start nearly open, in the order of the members' scores (group -> (size,))."""
-        for name, score in scores.items():
-            deviation = score.std(unbiased=False).clamp(min=1e-12)
-            self[name].log_alpha.copy_(OPEN + SPREAD * (score - score.mean()) / deviation)
-            self[name].clamp_()
 
     def __getitem__(self, name: str) -> HardConcrete:
         return self.by_group[_key(name)]  # pyright: ignore

@@ -19,6 +19,7 @@ from edgevlm.compress import prune as pruning
 from edgevlm.compress.latency import LatencyModel, grid, interpolate, latency_model, monotone
 from edgevlm.compress.prune import CHOSEN, prune
 from edgevlm.compress.shrink import fill_budget
+from edgevlm.compress.structure import TRAINED
 from edgevlm.errors import RecipeError, TargetError
 from edgevlm.job import Job
 from edgevlm.manifests import write_manifest
@@ -282,7 +283,7 @@ def predicted(job: Job) -> Callable[[VLM], float]:
     return lambda smaller: model.of({group.name: group.size for group in groups_of(smaller)})
 
 
-@pytest.mark.parametrize("method", ["gates", "modality"])
+@pytest.mark.parametrize("method", ["fisher", "gates", "modality"])
 def test_a_budget_in_ms_is_met_when_measured(timed: Job, method: str) -> None:
     """The runtime is a fifth slower than the table says of every model; the structure still takes what was asked."""
     section = timed.recipe.prune.model_copy(update={"method": method})
@@ -303,7 +304,7 @@ def test_a_budget_in_ms_is_met_when_measured(timed: Job, method: str) -> None:
         / sum(g.size for g in structure.groups.values() if g.part == part)
         for part in ("vision", "fusion")
     }
-    if method == "gates":
+    if method in TRAINED:
         assert shares["vision"] < shares["fusion"], "time is lost where it is spent"
 
 

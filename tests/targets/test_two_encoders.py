@@ -12,7 +12,7 @@ from edgevlm.models.registry import FUSIONS, TEES
 from targets.base import open_model
 from targets.coreml_structure import check_structure
 from targets.parity import Samples, reference, run_samples
-from targets.source import Source
+from targets.source import CalibrationData, Source
 from tests.targets import lively
 from tests.targets.conftest import make_frames
 
@@ -42,6 +42,19 @@ def test_fp32_gives_pytorchs_logits(dual: Source, dual_samples: Samples, tmp_pat
     for rung, want in dual_samples.logits.items():
         assert np.abs(got.logits[rung] - want).max() <= 1e-4, rung
         assert np.abs(got.same_input[rung] - want).max() <= 1e-4, rung
+
+
+@pytest.mark.parametrize("target", ["onnx", "tflite", "openvino"])
+def test_int8_keeps_the_answers(dual: Source, dual_samples: Samples, tmp_path: Path, target: str) -> None:
+    """Within the bounds that tests/targets/test_export.py has for a single stream; quantised, and not fp32 by mistake."""
+    frames, questions = make_frames(32, seed=3)
+    quantised = Source(dual.model, dual.manifest, CalibrationData(frames.pixels, questions.input_ids))
+    session = open_model(importlib.import_module(f"targets.{target}").export(quantised, "int8", tmp_path), tmp_path)
+    got = run_samples(session, dual_samples)
+    session.close()
+    for rung, want in dual_samples.logits.items():
+        assert (got.same_input[rung].argmax(1) == want.argmax(1)).mean() >= 0.95, rung
+        assert 1e-3 < np.abs(got.same_input[rung] - want).max() <= 1.0, rung
 
 
 def test_core_ml_holds_every_weight(dual: Source, tmp_path: Path) -> None:
