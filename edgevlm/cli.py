@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,7 @@ console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 RecipeName = Annotated[str, typer.Argument(help="A shipped recipe (see `edgevlm recipes`) or a .yaml file.")]
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run that `edgevlm run` or `train` has made.")]
 BundleFolder = Annotated[Path, typer.Argument(help="Folder of an exported bundle.")]
 Out = Annotated[Path | None, typer.Option(help="Output folder.")]
 Data = Annotated[str | None, typer.Option(help="Folder of the dataset; wins over the recipe's data.path.")]
@@ -111,6 +113,39 @@ def train(
     folders = run_stages(stages_of(loaded), loaded, folder, data_path=data, until=last, reporter=ConsoleReporter())
     if is_main():
         console.print(f"Trained: {folders[last]}")
+
+
+@app.command()
+def prune(
+    run: RunFolder,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="--set prune.sparsity=0.6")] = None,
+    target_ms: Annotated[float | None, typer.Option(help="Prune extractor and fusion until both take so long.")] = None,
+    target: Annotated[str | None, typer.Option(help="Of --target-ms: where it is measured; default: onnx.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of --target-ms: in which precision; default: fp32.")] = None,
+    data: Data = None,
+) -> None:
+    """Prune the distilled student of a run, again or with other settings; resumable."""
+    from edgevlm.recipes import time_budget
+
+    _redo(run, "prune", [*time_budget(target_ms, target, precision), *(overrides or ())], data)
+
+
+@app.command()
+def trim(
+    run: RunFolder,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="--set trim.rungs=3")] = None,
+    data: Data = None,
+) -> None:
+    """Trim the pruned student of a run, again or with other settings; resumable."""
+    _redo(run, "trim", overrides or (), data)
+
+
+def _redo(run: Path, stage: str, overrides: Sequence[str], data: str | None) -> None:
+    from edgevlm.commands import redo
+    from edgevlm.progress import ConsoleReporter
+
+    folder = redo(run, stage, overrides, data, ConsoleReporter())
+    console.print(f"Next: edgevlm export {folder} --out BUNDLE [--calibration {run / 'calibrate'}]")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Single steps of the flow for a checkpoint or bundle that a user brings alone: export, verify, bench."""
+"""Single steps of the flow: prune or trim a run again, and export, verify or bench what a user brings alone."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -16,13 +16,18 @@ from edgevlm.artifacts import (
     digest,
 )
 from edgevlm.bench.local import bench_bundle
-from edgevlm.errors import BundleError
+from edgevlm.errors import BundleError, CheckpointError, RecipeError
 from edgevlm.job import Job
 from edgevlm.manifests import read_manifest, whole_folder, write_manifest
+from edgevlm.pipeline import is_done, stage_keys
+from edgevlm.pipeline import run as run_stages
 from edgevlm.progress import Reporter
-from edgevlm.recipe import BenchSection
-from edgevlm.recipes import parse_recipe
-from edgevlm.stages import verify
+from edgevlm.recipe import BenchSection, Recipe
+from edgevlm.recipes import apply_override, parse_recipe
+from edgevlm.stages import LATENCY, check, stages_of, verify
+
+BEFORE = {"prune": "distil", "trim": "prune"}
+"""Stage -> the one whose manifest says with which recipe the run was made."""
 
 
 def _provenance(stage: str, parents: dict[str, Artifact], recipe: dict | None = None) -> Provenance:
@@ -30,6 +35,59 @@ def _provenance(stage: str, parents: dict[str, Artifact], recipe: dict | None = 
     created = datetime.now(UTC).isoformat(timespec="seconds")
     key = digest({"stage": stage, "parents": keys, "created": created})
     return Provenance(stage=stage, key=key, parents=keys, recipe=recipe or {}, edgevlm=__version__, created=created)
+
+
+def recipe_of(run: Path, stage: str, section: str, overrides: Sequence[str], data_path: str | None) -> Recipe:
+    """The recipe of a run with overrides of one section.
+
+    Args:
+        run: its folder; `stage` and all before it are done.
+        stage: the one whose manifest says with which recipe the run was made.
+        section: the only one that may be overridden.
+        overrides: `section.key=value`.
+        data_path: as in `edgevlm run`.
+
+    Raises:
+        RecipeError: an override of another section.
+        CheckpointError: the stage is missing, or one of another recipe or version.
+    """
+    for override in overrides:
+        if not override.startswith(f"{section}."):
+            raise RecipeError(
+                f"'{override}' changes more than {section}", f"Override keys of the section {section} only"
+            )
+    values = read_manifest(run / stage, Checkpoint).provenance.recipe
+    recipe = parse_recipe(values, f"inside {run / stage}")
+    keys = stage_keys(stages_of(recipe), recipe, data_path)
+    for name in before(recipe, section):
+        if not is_done(run / name, keys[name]):
+            raise CheckpointError(
+                f"{run / name} is not what its recipe makes now",
+                f"Run it again: edgevlm run {recipe.name} --out {run} --until {stage} (and give --data if it has data)",
+            )
+    for override in overrides:
+        apply_override(values, override)
+    return parse_recipe(values, f"inside {run / stage}")
+
+
+def before(recipe: Recipe, stage: str) -> list[str]:
+    """Stages before one of a recipe; not its times, which every way to prune measures anew."""
+    names = [found.name for found in stages_of(recipe)]
+    if stage not in names:
+        raise RecipeError(f"Recipe {recipe.name} has no stage '{stage}'", "Give a run that answers questions")
+    return [name for name in names[: names.index(stage)] if name != LATENCY.name or stage != "prune"]
+
+
+def redo(run: Path, stage: str, overrides: Sequence[str], data: str | None, reporter: Reporter) -> Path:
+    """`edgevlm prune` and `edgevlm trim`: the stage of a run, with other settings if asked; returns its folder.
+
+    Raises:
+        RecipeError: an override of another section.
+        CheckpointError: what stands before the stage is missing, or of another recipe or version.
+    """
+    recipe = recipe_of(run, BEFORE[stage], stage, overrides, data)
+    check(recipe, data)
+    return run_stages(stages_of(recipe), recipe, run, data_path=data, until=stage, reporter=reporter)[stage]
 
 
 def export_checkpoint(

@@ -21,6 +21,8 @@ from edgevlm.models.vlm import load
 from edgevlm.progress import Reporter
 from edgevlm.recipe import VerifySection
 from targets.base import open_model, runtime_status
+from targets.governor import FILE as GOVERNOR
+from targets.governor_golden import check_governor_golden
 from targets.program import ENCODE, answer_name
 from targets.quiet import quiet
 from targets.runtime import COREML_ELSEWHERE, Arrays, Session
@@ -87,7 +89,8 @@ def verify_bundle(
         One row per model and rung, failed exports included. The caller writes it.
 
     Raises:
-        BundleError: the bundle is not whole, or is not of this checkpoint.
+        BundleError: the bundle is not whole, or is not of this checkpoint, or its governor decides otherwise than its golden
+            cases say.
     """
     reporter = reporter or Reporter()
     bundle = read_manifest(bundle_dir, Bundle)
@@ -100,6 +103,11 @@ def verify_bundle(
         raise BundleError(
             f"{bundle_dir} was not exported from {checkpoint_dir} (preprocessing, vocabulary or labels differ)",
             "Give the checkpoint named in its manifest",
+        )
+    if (bundle_dir / GOVERNOR).is_file() and (problems := check_governor_golden(bundle_dir)):
+        raise BundleError(
+            f"{bundle_dir}: {len(problems)} golden cases of the governor are decided otherwise; {problems[0]}",
+            "Export the bundle again",
         )
     source = Source(model, manifest)
     samples = reference(source, questions, pixels)

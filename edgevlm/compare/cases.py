@@ -14,11 +14,9 @@ from edgevlm.artifacts import Checkpoint
 from edgevlm.commands import bench_folder, export_checkpoint
 from edgevlm.errors import CheckpointError, RecipeError, nearest
 from edgevlm.manifests import read_manifest
-from edgevlm.pipeline import RUN_FILE, is_done, stage_keys
+from edgevlm.pipeline import RUN_FILE
 from edgevlm.progress import Reporter
 from edgevlm.recipe import Recipe
-from edgevlm.recipes import apply_override, parse_recipe
-from edgevlm.stages import LATENCY, stages_of
 
 LATENCY_RUNS = 200
 
@@ -39,47 +37,6 @@ def check_ways(ways: Sequence[str], known: Mapping[str, object], what: str) -> N
     for way in ways:
         if way not in known:
             raise RecipeError(f"No way to {what} '{way}'", f"{nearest(way, known)} Known: {', '.join(known)}".strip())
-
-
-def recipe_of(run: Path, stage: str, section: str, overrides: Sequence[str], data_path: str | None) -> Recipe:
-    """The recipe of a finished run with overrides of one section.
-
-    Args:
-        run: its folder; `stage` and all before it are done.
-        stage: the last that the cases share.
-        section: the only one that may be overridden.
-        overrides: `section.key=value`.
-        data_path: as in `edgevlm run`.
-
-    Raises:
-        RecipeError: an override of another section.
-        CheckpointError: the stage is missing, or one of another recipe or version.
-    """
-    for override in overrides:
-        if not override.startswith(f"{section}."):
-            raise RecipeError(
-                f"'{override}' changes more than {section}", f"Override keys of the section {section} only"
-            )
-    values = read_manifest(run / stage, Checkpoint).provenance.recipe
-    recipe = parse_recipe(values, f"inside {run / stage}")
-    keys = stage_keys(stages_of(recipe), recipe, data_path)
-    for name in before(recipe, section):
-        if not is_done(run / name, keys[name]):
-            raise CheckpointError(
-                f"{run / name} is not what its recipe makes now",
-                f"Run it again: edgevlm run {recipe.name} --out {run} --until {stage} (and give --data if it has data)",
-            )
-    for override in overrides:
-        apply_override(values, override)
-    return parse_recipe(values, f"inside {run / stage}")
-
-
-def before(recipe: Recipe, stage: str) -> list[str]:
-    """Stages before one of a recipe, which all cases share; each case measures its own times."""
-    names = [found.name for found in stages_of(recipe)]
-    if stage not in names:
-        raise RecipeError(f"Recipe {recipe.name} has no stage '{stage}'", "Compare a run that answers questions")
-    return [name for name in names[: names.index(stage)] if name != LATENCY.name or stage != "prune"]
 
 
 def link(stages: Mapping[str, Path], folder: Path) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from edgevlm.artifacts import Checkpoint
+from edgevlm.commands import before, recipe_of
 from edgevlm.compare.cases import (
     Quiet,
     accuracy_text,
-    before,
     calibration_of,
     check_ways,
     draw_way,
@@ -22,7 +22,6 @@ from edgevlm.compare.cases import (
     linked,
     markdown,
     print_table,
-    recipe_of,
 )
 from edgevlm.compress.cost import cost_model, fusion_macs
 from edgevlm.errors import RecipeError

@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 
 from edgevlm.artifacts import Checkpoint, Rung
+from edgevlm.commands import before, recipe_of
 from edgevlm.compare.cases import (
     Quiet,
     accuracy_text,
-    before,
     calibration_of,
     check_ways,
     draw_way,
@@ -23,7 +23,6 @@ from edgevlm.compare.cases import (
     linked,
     markdown,
     print_table,
-    recipe_of,
 )
 from edgevlm.compress.cost import fusion_macs, macs_of
 from edgevlm.manifests import read_manifest

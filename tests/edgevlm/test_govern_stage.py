@@ -12,9 +12,9 @@ import torch
 from calibration import risk
 from edgevlm.artifacts import Bundle, Checkpoint, DeviceReport, Governor, GovernorCalibration, model_hash
 from edgevlm.ask import ask, course
-from edgevlm.commands import bench_folder, export_checkpoint
+from edgevlm.commands import bench_folder, export_checkpoint, verify_folder
 from edgevlm.data.scenes import Scenes
-from edgevlm.errors import GovernorError, LatencyError, TargetError
+from edgevlm.errors import BundleError, GovernorError, LatencyError, TargetError
 from edgevlm.manifests import read_manifest, write_manifest
 from edgevlm.models import vlm
 from edgevlm.pipeline import run, stage_keys
@@ -24,7 +24,7 @@ from edgevlm.stages import govern, stages_of
 from edgevlm.train.halves import held_out, units_of
 from edgevlm.train.regions import RegionSplit
 from targets.bundle import open_bundle
-from targets.governor import FILE, governed_answer, read_governor
+from targets.governor import FILE, MarginGovernor, governed_answer, read_governor
 from targets.governor_golden import check_governor_golden
 from targets.rungs import answer_split, make_governor
 from tests.edgevlm.runs import job_for
@@ -149,6 +149,16 @@ def test_the_bundle_carries_the_governor(folders: dict[str, Path]) -> None:
     assert [rung.name for rung in governor.rungs] == [rung.name for rung in bundle.rungs][::-1]
     assert check_governor_golden(folders["export"]) == []
     assert "at most 0.2 of the score" in (folders["export"] / "MODEL_CARD.md").read_text()
+
+
+def test_a_governor_that_decides_otherwise_fails_verification(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of another version might: it stays at the first rung whatever the margin."""
+    monkeypatch.setattr(MarginGovernor, "next", lambda *rest: None)
+    with pytest.raises(BundleError, match=r"golden cases of the governor are decided otherwise; margin: "):
+        verify_folder(folders["export"], folders["trim"], tmp_path / "parity", None, False, Reporter())
+    assert not (tmp_path / "parity").exists()
 
 
 def test_too_little_data_certify_nothing_and_say_so(folders: dict[str, Path], tmp_path: Path) -> None:

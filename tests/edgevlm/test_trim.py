@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from edgevlm.artifacts import WEIGHTS, Checkpoint, Rung, TrimConfig
+from edgevlm.cli import app
+from edgevlm.commands import redo
 from edgevlm.compare.trim import WAYS, compare_trim
 from edgevlm.compress import ladder
 from edgevlm.compress.cost import fusion_macs
@@ -18,12 +21,13 @@ from edgevlm.compress.distil import distil
 from edgevlm.compress.ladder import Candidate, pareto, search, spread
 from edgevlm.compress.prune import prune
 from edgevlm.compress.trim import TrimObjective, check_trim, cost_share, trim
-from edgevlm.errors import RecipeError
+from edgevlm.errors import CheckpointError, RecipeError
 from edgevlm.job import Job
 from edgevlm.manifests import read_manifest
 from edgevlm.models import vlm
 from edgevlm.models.trimmer import FULL, Trim, trim_of
 from edgevlm.pipeline import run
+from edgevlm.progress import Reporter
 from edgevlm.recipe import TrimSection
 from edgevlm.recipes import load_recipe
 from edgevlm.stages import stages_of
@@ -315,3 +319,23 @@ def test_comparison_scores_every_rung_of_every_way(finished: Path) -> None:
 def test_comparison_refuses(finished: Path, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(Exception, match=said):
         compare_trim(finished, **settings)
+
+
+def test_prune_and_trim_again_by_the_command_line(finished: Path, tmp_path: Path) -> None:
+    """In a copy of the run: pruned less, then trimmed to a named ladder; what stands before is not done again."""
+    again = tmp_path / "run"
+    shutil.copytree(finished, again, symlinks=True)
+    before = read_manifest(again / "prune", Checkpoint)
+    stamp = (again / "distil" / WEIGHTS).stat().st_mtime_ns
+    for arguments in (["prune", "--set", "prune.sparsity=0.2"], ["trim", "--set", "trim.rungs={full: 8, few: 3}"]):
+        result = CliRunner().invoke(app, [arguments[0], str(again), *arguments[1:]])
+        assert result.exit_code == 0, result.output
+    assert read_manifest(again / "prune", Checkpoint).metrics["sparsity"] < before.metrics["sparsity"]
+    trimmed = read_manifest(again / "trim", Checkpoint)
+    assert trimmed.provenance.recipe["prune"]["sparsity"] == 0.2, "the settings of the pruned student are kept"
+    assert [rung.name for rung in trimmed.rungs] == ["full", "few"]
+    assert (again / "distil" / WEIGHTS).stat().st_mtime_ns == stamp
+    with pytest.raises(RecipeError, match="Override keys of the section trim only"):
+        redo(again, "trim", ["prune.sparsity=0.5"], None, Reporter())
+    with pytest.raises(CheckpointError, match="distil"):
+        redo(tmp_path / "nowhere", "prune", [], None, Reporter())
