@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgevlm.artifacts import Checkpoint
 from edgevlm.compress.distil import DistilObjective
 from edgevlm.job import Job
 from edgevlm.models.tee import TEE, BoxOutput, Dense, Regions
 from edgevlm.models.vlm import VLM
 from edgevlm.recipe import PruneSection
 from edgevlm.train.drawn import join, number_of, open_drawn, shuffle_parts
-from edgevlm.train.images import ImageBatch, image_questions, questions_about
+from edgevlm.train.images import ImageBatch, ImageQuestions, questions_about
 from edgevlm.train.loop import Batch, fit
 from edgevlm.train.regions import AnswerBatch
 
@@ -118,17 +117,17 @@ def fit_images(
     model: VLM,
     job: Job,
     section: PruneSection,
-    manifest: Checkpoint,
+    source: ImageQuestions,
     *,
     what: str,
     seed: int,
     **settings: Any,
 ) -> None:
-    """As `train.answering.fit_answers`, from the images: `section.images_per_step` of them in each step.
+    """As `train.answering.fit_answers`, from the images of `source`: `section.images_per_step` of them in each step.
 
     `objective` takes what `JointObjective` takes; drawn sentences join every batch where the recipe has them.
     """
-    source, synthetic = image_questions(job, section, manifest), job.recipe.synthetic
+    synthetic = job.recipe.synthetic
     drawn = open_drawn(job, seed) if synthetic else None
 
     def make_batch(rows: Tensor) -> Batch:

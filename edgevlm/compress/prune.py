@@ -7,6 +7,7 @@ budget, and every step encodes images; with the fusion alone it trains on the ca
 
 import contextlib
 import copy
+import functools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from edgevlm.models.groups import Group, groups_of
 from edgevlm.models.stacks import stacks_of
 from edgevlm.models.vlm import VLM
 from edgevlm.train.answering import evaluate, fit_answers, report, save_answering
+from edgevlm.train.images import image_questions
 from edgevlm.train.loop import SNAPSHOTS
 from edgevlm.train.regions import evaluation_splits
 
@@ -61,6 +63,7 @@ def prune(job: Job, meter: Meter | None = None) -> Checkpoint:
     seed = recipe.seed + 3 + 1000 * section.seed
     torch.manual_seed(seed)
     joint = "vision" in section.parts
+    images = functools.cache(lambda: image_questions(job, section, manifest))  # read once, for choosing and recovering
 
     def objective() -> nn.Module:
         inner = DistilObjective(student.train(), teacher, section, recipe.referred_weight)
@@ -75,7 +78,7 @@ def prune(job: Job, meter: Meter | None = None) -> Checkpoint:
             one = {"schedule": "constant"} if what == "prune" else {"warmup": 0.0}
             its_section = its_section.model_copy(update=one)
         if joint:
-            fit_images(trained, student, job, its_section, manifest, **settings)
+            fit_images(trained, student, job, its_section, images(), **settings)
         else:
             fit_answers(trained, student, job, its_section, **settings)
 
